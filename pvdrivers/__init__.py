@@ -1,0 +1,3 @@
+"""pvdrivers: Xen PV drivers in userspace."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,164 @@
+"""Every verb and option of the command line, in one light file, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvdrivers import __version__
+
+if TYPE_CHECKING:
+    # At run time there is no such name to subscript.
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``args.verb`` names the module that does the work."""
+    top = argparse.ArgumentParser(
+        prog="pvdrivers",
+        description="Xen PV drivers in userspace: backends, frontends and an embedded simulated Xen.",
+        epilog="'pvdrivers VERB --help' tells the options of a verb.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check):
+        declare(verbs)
+    return top
+
+
+def default_run_dir() -> Path | None:
+    """Where sockets and journals are when ``--run-dir`` is not given; None where no place is safe."""
+    if named := os.environ.get("PVDRIVERS_RUN_DIR"):
+        return Path(named)
+    if os.geteuid() == 0:
+        return Path("/run/pvdrivers")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "pvdrivers" if runtime else None
+
+
+def _sim(verbs: Verbs) -> None:
+    verb = _verb(verbs, "sim", "run the embedded Xen in the foreground; DIR/xenstored is its store's socket")
+    _run_dir(verb)
+    verb.add_argument("--memory", type=_positive, metavar="MIB", help="memory for all domains together")
+
+
+def _serve(verbs: Verbs) -> None:
+    verb = _verb(verbs, "serve", "run the backends in the foreground")
+    _run_dir(verb)
+    verb.add_argument("--domain", dest="domains", type=_domid, nargs="+", action="extend", metavar="N",
+                      help="serve only these guests (default: all)")
+    verb.add_argument("--class", dest="classes", nargs="+", action="extend", metavar="NAME",
+                      help="serve only these device classes, such as vbd (default: all)")
+    verb.add_argument("--workers", type=_positive, metavar="N",
+                      help="data-plane threads (default: chosen from the cores)")
+    verb.add_argument("--spin", type=_natural, metavar="US",
+                      help="microseconds to poll before sleeping; 0 sleeps at once")
+    verb.add_argument("--no-journal", dest="journal", action="store_false",
+                      help="keep no journal: requests under way are lost when this process dies")
+    verb.add_argument("--strict", action="store_true",
+                      help="map only what is granted at the moment, so that a use after unmap faults")
+
+
+def _guest(verbs: Verbs) -> None:
+    verb = _verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront")
+    _run_dir(verb)
+    verb.add_argument("--disk", dest="disks", action="append", required=True, metavar="URI[,KEY=VALUE...]",
+                      help="attach a disk: a path, null:, memory:, nbd+unix://, nbd://; may be repeated")
+    verb.add_argument("--nbd", metavar="unix:PATH", type=_unix_address,
+                      help="serve what blkfront sees to any NBD client")
+    verb.add_argument("--queues", type=_positive, metavar="N",
+                      help="hardware queues (default: one a vCPU, as many as the backend allows)")
+    verb.add_argument("--ring-order", type=int, choices=range(5), metavar="N",
+                      help="2**N pages a ring, N from 0 to 4 (default: as many as the backend allows)")
+    verb.add_argument("--abi", choices=("x86_64", "x86_32"), default="x86_64",
+                      help="layout of the requests (default: %(default)s)")
+    verb.add_argument("--persistent", type=_switch, default=True, metavar="on|off",
+                      help="use persistent grants where the backend offers them (default: on)")
+    verb.add_argument("--indirect", type=_natural, metavar="N",
+                      help="most segments in an indirect request; 0 sends none (default: the backend's)")
+    verb.add_argument("--untrusted-backend", action="store_true",
+                      help="do not trust the backend (trusted=0): bounce all data through pages of our own")
+    verb.add_argument("--memory", type=_positive, default=256, metavar="MIB",
+                      help="the guest's memory (default: %(default)s)")
+
+
+def _demo(verbs: Verbs) -> None:
+    verb = _verb(verbs, "demo", "attach a disk image to a guest, write it, read it back, verify every byte")
+    verb.add_argument("--disk", type=Path, metavar="PATH",
+                      help="use this image, whose contents are OVERWRITTEN (default: one made on the spot)")
+    verb.add_argument("--size", type=_positive, metavar="MIB", help="size of the image made on the spot")
+    verb.add_argument("--seconds", type=_positive, metavar="N", help="how long the load runs")
+    verb.add_argument("--quick", action="store_true", help="a few seconds in all")
+
+
+def _bench(verbs: Verbs) -> None:
+    verb = _verb(verbs, "bench", "measure, side by side with a peer that does the same work")
+    verb.add_argument("what", choices=("ring", "blk", "xenstore", "fairness"))
+    verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    verb.add_argument("--quick", action="store_true", help="fewer and shorter rounds, so wider intervals")
+
+
+def _stats(verbs: Verbs) -> None:
+    verb = _verb(verbs, "stats", "what the backends on this run directory have done, per disk and queue")
+    _run_dir(verb)
+    verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    verb.add_argument("--inflight", action="store_true", help="list the requests under way, and for how long")
+
+
+def _warm(verbs: Verbs) -> None:
+    _verb(verbs, "warm", "compile all kernels now, so that nothing is compiled later")
+
+
+def _check(verbs: Verbs) -> None:
+    _verb(verbs, "check", "tell what this host has and lacks, and what to do about it")
+
+
+def _verb(verbs: Verbs, name: str, purpose: str) -> argparse.ArgumentParser:
+    # Abbreviations would let a new option change what an old script means.
+    return verbs.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".",
+                            allow_abbrev=False)
+
+
+def _run_dir(verb: argparse.ArgumentParser) -> None:
+    default = default_run_dir()
+    shown = "" if default is None else f" (default: {default})".replace("%", "%%")
+    verb.add_argument("--run-dir", type=Path, metavar="DIR", default=default, required=default is None,
+                      help=f"directory of the sockets, stats and journals{shown}")
+
+
+def _natural(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def _domid(text: str) -> int:
+    first_reserved = 0x7FF0  # DOMID_FIRST_RESERVED: from here on ids mean self, I/O, ...
+    if not (text.isascii() and text.isdigit()) or int(text) >= first_reserved:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a domain id (0 to {first_reserved - 1})")
+    return int(text)
+
+
+def _switch(text: str) -> bool:
+    try:
+        return {"on": True, "off": False}[text]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off") from None
+
+
+def _unix_address(text: str) -> Path:
+    scheme, _, path = text.partition(":")
+    if scheme != "unix" or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not unix:PATH")
+    return Path(path)
