@@ -48,47 +48,110 @@ def _sim(verbs: Verbs) -> None:
 def _serve(verbs: Verbs) -> None:
     verb = _verb(verbs, "serve", "run the backends in the foreground")
     _run_dir(verb)
-    verb.add_argument("--domain", dest="domains", type=_domid, nargs="+", action="extend", metavar="N",
-                      help="serve only these guests (default: all)")
-    verb.add_argument("--class", dest="classes", nargs="+", action="extend", metavar="NAME",
-                      help="serve only these device classes, such as vbd (default: all)")
-    verb.add_argument("--workers", type=_positive, metavar="N",
-                      help="data-plane threads (default: chosen from the cores)")
-    verb.add_argument("--spin", type=_natural, metavar="US",
-                      help="microseconds to poll before sleeping; 0 sleeps at once")
-    verb.add_argument("--no-journal", dest="journal", action="store_false",
-                      help="keep no journal: requests under way are lost when this process dies")
-    verb.add_argument("--strict", action="store_true",
-                      help="map only what is granted at the moment, so that a use after unmap faults")
+    verb.add_argument(
+        "--domain",
+        dest="domains",
+        type=_domid,
+        nargs="+",
+        action="extend",
+        metavar="N",
+        help="serve only these guests (default: all)",
+    )
+    verb.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="serve only these device classes, such as vbd (default: all)",
+    )
+    verb.add_argument(
+        "--workers", type=_positive, metavar="N", help="data-plane threads (default: chosen from the cores)"
+    )
+    verb.add_argument(
+        "--spin", type=_natural, metavar="US", help="microseconds to poll before sleeping; 0 sleeps at once"
+    )
+    verb.add_argument(
+        "--no-journal",
+        dest="journal",
+        action="store_false",
+        help="keep no journal: requests under way are lost when this process dies",
+    )
+    verb.add_argument(
+        "--strict",
+        action="store_true",
+        help="map only what is granted at the moment, so that a use after unmap faults",
+    )
 
 
 def _guest(verbs: Verbs) -> None:
     verb = _verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront")
     _run_dir(verb)
-    verb.add_argument("--disk", dest="disks", action="append", required=True, metavar="URI[,KEY=VALUE...]",
-                      help="attach a disk: a path, null:, memory:, nbd+unix://, nbd://; may be repeated")
-    verb.add_argument("--nbd", metavar="unix:PATH", type=_unix_address,
-                      help="serve what blkfront sees to any NBD client")
-    verb.add_argument("--queues", type=_positive, metavar="N",
-                      help="hardware queues (default: one a vCPU, as many as the backend allows)")
-    verb.add_argument("--ring-order", type=int, choices=range(5), metavar="N",
-                      help="2**N pages a ring, N from 0 to 4 (default: as many as the backend allows)")
-    verb.add_argument("--abi", choices=("x86_64", "x86_32"), default="x86_64",
-                      help="layout of the requests (default: %(default)s)")
-    verb.add_argument("--persistent", type=_switch, default=True, metavar="on|off",
-                      help="use persistent grants where the backend offers them (default: on)")
-    verb.add_argument("--indirect", type=_natural, metavar="N",
-                      help="most segments in an indirect request; 0 sends none (default: the backend's)")
-    verb.add_argument("--untrusted-backend", action="store_true",
-                      help="do not trust the backend (trusted=0): bounce all data through pages of our own")
-    verb.add_argument("--memory", type=_positive, default=256, metavar="MIB",
-                      help="the guest's memory (default: %(default)s)")
+    verb.add_argument(
+        "--disk",
+        dest="disks",
+        action="append",
+        required=True,
+        metavar="URI[,KEY=VALUE...]",
+        help="attach a disk: a path, null:, memory:, nbd+unix://, nbd://; may be repeated",
+    )
+    verb.add_argument(
+        "--nbd", metavar="unix:PATH", type=_unix_address, help="serve what blkfront sees to any NBD client"
+    )
+    verb.add_argument(
+        "--queues",
+        type=_positive,
+        metavar="N",
+        help="hardware queues (default: one a vCPU, as many as the backend allows)",
+    )
+    verb.add_argument(
+        "--ring-order",
+        type=int,
+        choices=range(5),
+        metavar="N",
+        help="2**N pages a ring, N from 0 to 4 (default: as many as the backend allows)",
+    )
+    verb.add_argument(
+        "--abi",
+        choices=("x86_64", "x86_32"),
+        default="x86_64",
+        help="layout of the requests (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--persistent",
+        type=_switch,
+        default=True,
+        metavar="on|off",
+        help="use persistent grants where the backend offers them (default: on)",
+    )
+    verb.add_argument(
+        "--indirect",
+        type=_natural,
+        metavar="N",
+        help="most segments in an indirect request; 0 sends none (default: the backend's)",
+    )
+    verb.add_argument(
+        "--untrusted-backend",
+        action="store_true",
+        help="do not trust the backend (trusted=0): bounce all data through pages of our own",
+    )
+    verb.add_argument(
+        "--memory",
+        type=_positive,
+        default=256,
+        metavar="MIB",
+        help="the guest's memory (default: %(default)s)",
+    )
 
 
 def _demo(verbs: Verbs) -> None:
     verb = _verb(verbs, "demo", "attach a disk image to a guest, write it, read it back, verify every byte")
-    verb.add_argument("--disk", type=Path, metavar="PATH",
-                      help="use this image, whose contents are OVERWRITTEN (default: one made on the spot)")
+    verb.add_argument(
+        "--disk",
+        type=Path,
+        metavar="PATH",
+        help="use this image, whose contents are OVERWRITTEN (default: one made on the spot)",
+    )
     verb.add_argument("--size", type=_positive, metavar="MIB", help="size of the image made on the spot")
     verb.add_argument("--seconds", type=_positive, metavar="N", help="how long the load runs")
     verb.add_argument("--quick", action="store_true", help="a few seconds in all")
@@ -118,15 +181,22 @@ def _check(verbs: Verbs) -> None:
 
 def _verb(verbs: Verbs, name: str, purpose: str) -> argparse.ArgumentParser:
     # Abbreviations would let a new option change what an old script means.
-    return verbs.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".",
-                            allow_abbrev=False)
+    return verbs.add_parser(
+        name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", allow_abbrev=False
+    )
 
 
 def _run_dir(verb: argparse.ArgumentParser) -> None:
     default = default_run_dir()
     shown = "" if default is None else f" (default: {default})".replace("%", "%%")
-    verb.add_argument("--run-dir", type=Path, metavar="DIR", default=default, required=default is None,
-                      help=f"directory of the sockets, stats and journals{shown}")
+    verb.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        default=default,
+        required=default is None,
+        help=f"directory of the sockets, stats and journals{shown}",
+    )
 
 
 def _natural(text: str) -> int:

@@ -1,0 +1,87 @@
+# make demo and make test are all that one needs; each sets up first. make help lists the rest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,rings pvdrivers blkback netback scsiback usbback)))
+PYTEST := $(BIN)/python -m pytest
+# Property tests see the same input at each run; 'make fuzz' is for new input.
+SAME := --hypothesis-profile=ci
+# What also runs with the JIT off and with bounds checks: everything that decides over bytes from a stranger.
+PURE_TESTS = tests/rings $(wildcard tests/*/test_request*.py)
+SECONDS ?= 60
+ARGS ?=
+
+# Interpreter to build the environment with; empty: python3.11, or the first that is 3.11 or later.
+PYTHON ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full test-slow test-nojit test-boundscheck lint lint-tools \
+	fuzz bench warm clean distclean
+# The targets share one machine, and their output is read from top to bottom.
+.NOTPARALLEL:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP) ## make .venv from PyPI wheels, when it is missing or out of date
+
+$(STAMP): pyproject.toml requirements/constraints.txt .ci/setup
+	@.ci/setup $(VENV) $@
+
+demo: setup ## run the main job: a guest's disk, end to end, every byte verified (ARGS=...)
+	@$(BIN)/pvdrivers demo $(ARGS)
+
+test: setup lint-tools test-nojit test-boundscheck ## check the code and run the tests, in under five minutes
+	@echo "test: the suite without what is marked slow"
+	@$(PYTEST) $(SAME) -m "not slow" $(ARGS)
+
+test-slow: setup ## run only the tests that 'make test' leaves out
+	@echo "test: what is marked slow"
+	@$(PYTEST) $(SAME) -m slow $(ARGS)
+
+test-full: setup lint-tools test-nojit test-boundscheck ## run everything, in under fifteen minutes
+	@echo "test: the whole suite"
+	@$(PYTEST) $(SAME) $(ARGS)
+
+test-nojit: setup
+	@echo "test: rings and requests with the JIT off"
+	@NUMBA_DISABLE_JIT=1 $(PYTEST) -q $(SAME) -m "not slow" $(PURE_TESTS)
+
+test-boundscheck: setup
+	@echo "test: rings and requests with bounds checks"
+	@NUMBA_BOUNDSCHECK=1 $(PYTEST) -q $(SAME) -m "not slow" $(PURE_TESTS)
+
+lint: setup lint-tools ## ruff, mypy --strict, and who may import whom
+	@$(PYTEST) -q tests/test_layering.py
+
+lint-tools: setup
+	@echo "lint: ruff"
+	@$(BIN)/ruff check -q .
+	@echo "lint: mypy --strict $(PACKAGES)"
+	@$(BIN)/mypy --strict --no-error-summary $(PACKAGES)
+
+fuzz: setup ## property tests with new random input for SECONDS (60)
+	@echo "fuzz: for $(SECONDS) s"
+	@end=$$(($$(date +%s) + $(SECONDS))); round=0; \
+	while [ "$$(date +%s)" -lt "$$end" ]; do \
+		round=$$((round + 1)); echo "fuzz: round $$round"; \
+		PVDRIVERS_FUZZ_UNTIL=$$end $(PYTEST) -q -rN -x -p no:cacheprovider -m "hypothesis or fuzz" \
+			--hypothesis-profile=fuzz $(ARGS) || exit 1; \
+	done; echo "fuzz: nothing found in $$round round(s)"
+
+bench: setup ## measure beside the peers, then the kernels alone (ARGS=--quick)
+	@for what in ring blk xenstore fairness; do \
+		echo "bench: $$what"; $(BIN)/pvdrivers bench $$what $(ARGS) || exit 1; done
+	@$(PYTEST) -q --benchmark-enable --benchmark-only
+
+warm: setup ## compile all kernels now
+	@$(BIN)/pvdrivers warm
+
+clean: ## remove what tests and tools leave behind
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment as well
+	rm -rf $(VENV)
