@@ -1,0 +1,186 @@
+"""Setting an io_uring up, from Python: system calls through libc, then three shared mappings.
+
+The ring is made disabled (IORING_SETUP_R_DISABLED), so that the control thread can make it and the worker,
+by `enable`, become the one thread that the kernel lets submit (SINGLE_ISSUER), which is what makes
+DEFER_TASKRUN possible: completions are then posted when the worker asks, and never by interrupting it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from pvdrivers.errors import PlatformError
+from pvdrivers.syscalls import NR_IO_URING_REGISTER, NR_IO_URING_SETUP
+
+from .uring_layout import KIND_IO_URING, TIMESPEC, URING
+
+_CQSIZE: Final = 1 << 3
+_CLAMP: Final = 1 << 4
+_R_DISABLED: Final = 1 << 6
+_SUBMIT_ALL: Final = 1 << 7  # Linux 5.18: a bad SQE fails alone
+_COOP_TASKRUN: Final = 1 << 8  # 5.19: no interrupt when we are running anyway
+_TASKRUN_FLAG: Final = 1 << 9  # 5.19
+_SINGLE_ISSUER: Final = 1 << 12  # 6.0
+_DEFER_TASKRUN: Final = 1 << 13  # 6.1
+_ALWAYS: Final = _CQSIZE | _CLAMP | _R_DISABLED
+# Best first; the kernel says EINVAL to a flag that it does not know.
+_FLAG_SETS: Final = (
+    _ALWAYS | _SUBMIT_ALL | _TASKRUN_FLAG | _SINGLE_ISSUER | _DEFER_TASKRUN,
+    _ALWAYS | _SUBMIT_ALL | _TASKRUN_FLAG | _COOP_TASKRUN,
+    _ALWAYS | _SUBMIT_ALL,
+    _ALWAYS,
+)
+
+_FEAT_SINGLE_MMAP: Final = 1 << 0
+_FEAT_NODROP: Final = 1 << 1
+_FEAT_EXT_ARG: Final = 1 << 8
+_FEAT_RSRC_TAGS: Final = 1 << 10  # stands for 5.13, the first kernel with multishot poll
+_FEATURES: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP | _FEAT_EXT_ARG | _FEAT_RSRC_TAGS
+
+_OFF_SQ_RING: Final = 0
+_OFF_SQES: Final = 0x10000000
+_REGISTER_ENABLE_RINGS: Final = 12
+
+# struct io_uring_params: 10 words (sq_entries, cq_entries, flags, ..., features at 5, ...), then sq_off,
+# then cq_off.
+_PARAMS: Final = struct.Struct("=10I 8IQ 8IQ")
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.syscall.restype = ctypes.c_long
+
+
+def _syscall(nr: int, *args: int) -> int:
+    """A system call: its result; raises OSError."""
+    result: int = _LIBC.syscall(ctypes.c_long(nr), *(ctypes.c_long(a) for a in args))
+    if result == -1:
+        e = ctypes.get_errno()
+        raise OSError(e, os.strerror(e))
+    return result
+
+
+def address(buffer: Any) -> int:
+    """Where a writable buffer is in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def why_refused(e: OSError) -> str:
+    """What an operator can do about an io_uring that cannot be set up."""
+    if e.errno == errno.EPERM:
+        return "io_uring is forbidden here (sysctl kernel.io_uring_disabled, or a seccomp filter)"
+    if e.errno == errno.ENOSYS:
+        return "this kernel has no io_uring, or a seccomp filter hides it"
+    if e.errno == errno.ENOMEM:
+        return "no locked memory for an io_uring (ulimit -l, before Linux 5.12)"
+    return f"io_uring cannot be set up: {e.strerror}"
+
+
+class Uring:
+    """One ring of requests to the kernel, and one of completions. Give `address` to the kernels of `uring`.
+
+    `kind` is "io_uring" or "threads" (the software ring), `reason` says why it is the latter. Made by any
+    thread; the one that is to submit calls the kernel `enable` (or the method) first. Raises PlatformError
+    if it cannot be made.
+    """
+
+    def __init__(
+        self,
+        entries: int = 256,
+        cq_entries: int = 4096,
+        software: bool = False,
+        chunk: int = 4,
+        threads: int = 4,
+    ) -> None:
+        self.kind: Literal["io_uring", "threads"] = "io_uring"
+        self.reason = ""
+        self.flags = 0
+        # The record must not move and should begin a cache line.
+        self._memory = np.zeros(URING.itemsize + 64, np.uint8)
+        skip = -int(self._memory.ctypes.data) % 64
+        self._record = self._memory[skip : skip + URING.itemsize].view(URING)[0]
+        self.address = int(self._memory.ctypes.data) + skip
+        self._record["chunk"] = chunk
+        self._maps: list[mmap.mmap] = []
+        self._fd = -1
+        try:
+            self._set_up(entries, cq_entries)
+        except OSError as e:
+            self.close()
+            raise PlatformError(f"{why_refused(e)}; --io=threads does without") from e
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, entries: int, cq_entries: int) -> None:
+        for flags in _FLAG_SETS:
+            params = bytearray(_PARAMS.pack(0, cq_entries, flags, *[0] * 25))
+            try:
+                self._fd = _syscall(NR_IO_URING_SETUP, entries, address(params))
+            except OSError as e:
+                if e.errno == errno.EINVAL and flags != _FLAG_SETS[-1]:
+                    continue
+                raise
+            break
+        p = _PARAMS.unpack(params)
+        self.flags = flags
+        if p[5] & _FEATURES != _FEATURES:
+            raise OSError(
+                errno.ENOSYS, f"io_uring of this kernel is too old (features {p[5]:#x}; Linux 5.13 is needed)"
+            )
+        sq_entries, cq_entries = p[0], p[1]
+        # Of struct io_sqring_offsets and io_cqring_offsets.
+        sq_head, sq_tail, sq_mask, _, sq_flags, _, sq_array = p[10:17]
+        cq_head, cq_tail, cq_mask, _, _, cqes = p[19:25]
+        rings = mmap.mmap(
+            self._fd, max(sq_array + 4 * sq_entries, cqes + 16 * cq_entries), offset=_OFF_SQ_RING
+        )
+        self._maps.append(rings)
+        sqes = mmap.mmap(self._fd, 64 * sq_entries, offset=_OFF_SQES)
+        self._maps.append(sqes)
+        base = address(rings)
+        r = self._record
+        r["kind"] = KIND_IO_URING
+        r["fd"] = self._fd
+        r["sq_head"], r["sq_tail"], r["sq_flags"] = base + sq_head, base + sq_tail, base + sq_flags
+        r["cq_head"], r["cq_tail"], r["cqes"] = base + cq_head, base + cq_tail, base + cqes
+        r["sqes"] = address(sqes)
+        (r["sq_mask"],) = struct.unpack_from("=I", rings, sq_mask)
+        (r["cq_mask"],) = struct.unpack_from("=I", rings, cq_mask)
+        r["arg_timeout"] = self.address + TIMESPEC
+        # SQEs are used in order: entry i of the indirection is i, once and for all.
+        struct.pack_into(f"={sq_entries}I", rings, sq_array, *range(sq_entries))
+
+    def enable(self) -> None:
+        """Make the calling thread the one that submits (a worker calls the kernel of this name instead)."""
+        _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_ENABLE_RINGS, 0, 0)
+
+    @property
+    def enters(self) -> int:
+        """System calls made so far."""
+        return int(self._record["enters"])
+
+    def close(self) -> None:
+        """Take it down. Requests still under way go on in the kernel: drain first, and keep their buffers
+        until then.
+        """
+        for m in self._maps:
+            m.close()
+        self._maps.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Uring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
