@@ -75,7 +75,7 @@ fuzz: setup ## property tests with new random input for SECONDS (60)
 bench: setup ## measure beside the peers, then the kernels alone (ARGS=--quick)
 	@for what in ring blk xenstore fairness; do \
 		echo "bench: $$what"; $(BIN)/pvdrivers bench $$what $(ARGS) || exit 1; done
-	@$(PYTEST) -q --benchmark-enable --benchmark-only
+	@$(PYTEST) -q -rN --benchmark-enable --benchmark-only
 
 warm: setup ## compile all kernels now
 	@$(BIN)/pvdrivers warm
