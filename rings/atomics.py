@@ -1,8 +1,8 @@
 """Memory ordering, made visible. The only file (with pvdrivers/syscalls.py) that speaks LLVM.
 
-Every word that two parties share is read and written through this file; a plain array load may be hoisted out of
-a loop by the compiler, and then a wait never ends. Names say the ordering, not the instruction. Addresses are
-int64. On x86-64 an acquire load and a release store are plain moves; on arm64 they are ldar and stlr.
+Every word that two parties share is read and written through this file; a plain array load may be hoisted out
+of a loop by the compiler, and then a wait never ends. Names say the ordering, not the instruction. Addresses
+are int64. On x86-64 an acquire load and a release store are plain moves; on arm64 they are ldar and stlr.
 
     ring.h                      here
     xen_wmb(); prod = x         store_release32(prod, x)
@@ -17,16 +17,22 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numba
 import numpy as np
 
 from .jit import JIT, inline
 
 if JIT:
     import llvmlite.binding as _llvm
+    import numba.core.cgutils as _cgutils
+    import numba.extending as _extending
     from llvmlite import ir
-    from numba import carray, types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
+
+    # What numba says of the types of these is about their insides.
+    carray: Any = vars(numba)["carray"]
+    types: Any = numba.types
+    cgutils: Any = _cgutils
+    intrinsic: Any = _extending.intrinsic
 
     _llvm.initialize_native_asmparser()  # inline assembly aborts the process without it
 
@@ -169,11 +175,16 @@ if JIT:
 
     @inline
     def records(addr: int, n: int, dtype: Any) -> Any:
-        """`n` records of `dtype` at an address. For one record take ``records(addr, 1, DT)[0]`` and fields by name."""
+        """`n` records of `dtype` at an address. For one take ``records(addr, 1, DT)[0]``, and r["field"]."""
         return carray(_as_pointer(addr), (n,), dtype)
 
 else:
     import ctypes
+    import threading
+    from collections.abc import Callable
+
+    # Between threads a twin is as atomic as what it stands for; between processes it is not.
+    _ONE_AT_A_TIME = threading.Lock()
 
     _C = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_uint32, 64: ctypes.c_int64}
 
@@ -198,16 +209,17 @@ else:
 
         def cas(addr: int, old: int, new: int) -> int:
             word = cty.from_address(int(addr))
-            seen: int = word.value
-            if seen == _wrap(old, bits):
-                word.value = _wrap(new, bits)
+            with _ONE_AT_A_TIME:
+                seen: int = word.value
+                if seen == _wrap(old, bits):
+                    word.value = _wrap(new, bits)
             return seen
 
         return cas
 
     def _rmw(op: str, bits: int) -> Any:
         cty = _C[bits]
-        combine = {
+        combine: Callable[[int, int], int] = {
             "xchg": lambda a, b: b,
             "add": lambda a, b: a + b,
             "and": lambda a, b: a & b,
@@ -216,8 +228,9 @@ else:
 
         def rmw(addr: int, value: int) -> int:
             word = cty.from_address(int(addr))
-            seen: int = word.value
-            word.value = _wrap(combine(seen, int(value)), bits)
+            with _ONE_AT_A_TIME:
+                seen: int = word.value
+                word.value = _wrap(combine(seen, int(value)), bits)
             return seen
 
         return rmw

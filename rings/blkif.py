@@ -1,10 +1,11 @@
 """The block protocol as Xen's public/io/blkif.h and protocols.h declare it, in both of its layouts.
 
-Natural alignment (x86_64, arm: "64") and i386 packing ("32"), where a uint64_t is aligned to 4. The structs stand
-below once, in C; the dtypes are computed from them, and checked against Debian's headers by tests/rings.
+Natural alignment (x86_64, arm: "64") and i386 packing ("32"), where a uint64_t is aligned to 4. The structs
+stand below once, in C; the dtypes are computed from them, and checked against Debian's headers by
+tests/rings.
 
-All sectors, and first_sect and last_sect, are of 512 bytes whatever `sector-size` says: Xen 4.20's blkif.h and
-Linux. (4.17's text says otherwise; nobody's Linux guest ever did it.)
+All sectors, and first_sect and last_sect, are of 512 bytes whatever `sector-size` says: Xen 4.20's blkif.h
+and Linux. (4.17's text says otherwise; nobody's Linux guest ever did it.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 from .atomics import copy_bytes, store32, store64
 from .cstruct import dtypes
 from .jit import inline
-from .vdev import vdev_name, vdev_number
+from .vdev import vdev_name as vdev_name
+from .vdev import vdev_number as vdev_number
 
 OP_READ, OP_WRITE, OP_WRITE_BARRIER, OP_FLUSH_DISKCACHE = 0, 1, 2, 3
 OP_RESERVED_1, OP_DISCARD, OP_INDIRECT = 4, 5, 6
@@ -132,14 +134,14 @@ KEY_RING_REF = "ring-ref"
 KEY_EVENT_CHANNEL = "event-channel"
 KEY_NUM_QUEUES = "multi-queue-num-queues"
 KEY_PROTOCOL = "protocol"
-KEY_LARGE_SECTOR_SIZE = "feature-large-sector-size"  # deprecated by 4.20; only the compatibility switch reads it
+KEY_LARGE_SECTOR_SIZE = "feature-large-sector-size"  # deprecated by 4.20; for the compatibility switch only
 
 
 def abi_of(protocol: str | None, machine: str | None = None) -> int:
     """The ABI that a front end's `protocol` key asks for. Raises ValueError for one that is not known.
 
-    Without the key it is x86_32 on x86, whatever the guest's width: the header says "native", but Linux, QEMU and
-    tapback all do this, and 64-bit front ends write the key.
+    Without the key it is x86_32 on x86, whatever the guest's width: the header says "native", but Linux, QEMU
+    and tapback all do this, and 64-bit front ends write the key.
     """
     if protocol is None:
         return ABI_32 if (machine or platform.machine()) in ("x86_64", "AMD64", "i386", "i686") else ABI_64
@@ -153,8 +155,9 @@ def abi_of(protocol: str | None, machine: str | None = None) -> int:
 def to_native(dst: int, src: int) -> None:
     """A request of the x86_32 ABI (108 private bytes at src) as a native one (112 bytes at dst).
 
-    In i386 packing `id` follows at 4 where C otherwise pads to 8, and nothing after it moves relative to it: so for
-    reads, writes, discards and indirect requests alike all is shifted by four bytes. Total: any bytes will do.
+    In i386 packing `id` follows at 4 where C otherwise pads to 8, and nothing after it moves relative to it:
+    so for reads, writes, discards and indirect requests alike all is shifted by four bytes. Total: any bytes
+    will do.
     """
     copy_bytes(dst, src, 4)
     store32(dst + 4, np.uint32(0))
@@ -170,7 +173,7 @@ def from_native(dst: int, src: int) -> None:
 
 @inline
 def put_response_64(slot: int, id: int, operation: int, status: int) -> None:
-    """struct blkif_response, all 16 bytes: what is left of the padding would be our memory, or a request (XSA-216)."""
+    """struct blkif_response, all 16 bytes of it: padding left as it was tells a guest too much (XSA-216)."""
     store64(slot, id)
     store64(slot + 8, (operation & 0xFF) | (status & 0xFFFF) << 16)
 

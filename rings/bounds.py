@@ -2,10 +2,11 @@
 
 Always in subtraction form. `start + count <= limit` wraps for a start near 2**64, and lets it pass.
 
-The numbers come from guests as unsigned 64-bit fields and may arrive as uint64 or, after a trip through an int64
-variable, as a negative number; either way what is 2**63 or more is outside of everything.
+The numbers come from guests as unsigned 64-bit fields and may arrive as uint64 or, after a trip through an
+int64 variable, as a negative number; either way what is 2**63 or more is outside of everything.
 """
 
+# mypy: disable-error-code=no-any-return
 from __future__ import annotations
 
 from .jit import inline
@@ -36,7 +37,7 @@ def in_page(offset: int, nbytes: int) -> bool:
 
 @inline
 def page_span(offset: int, nbytes: int) -> int:
-    """How many pages bytes [offset, offset + nbytes) touch; 0 for no bytes. Both checked before, both small."""
+    """How many pages bytes [offset, offset + nbytes) touch, 0 for no bytes. Both were checked before."""
     if nbytes <= 0:
         return 0
     return ((offset + nbytes - 1) >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1

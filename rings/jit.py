@@ -1,12 +1,14 @@
 """How kernels are compiled: the only place with numba options.
 
-A kernel is a small function over integers and addresses that C could have been written for. It runs without the
-GIL, raises nothing, allocates nothing, and has a plain Python life of its own under ``NUMBA_DISABLE_JIT=1``.
+A kernel is a small function over integers and addresses that C could have been written for. It runs without
+the GIL, raises nothing, allocates nothing, and has a plain Python life of its own under
+``NUMBA_DISABLE_JIT=1``.
 
-The cache. numba's own cache looks at the modification time of the one file that holds a kernel, so an edit to a
-helper in another file would leave old machine code running - old *bounds checks*, in our case. Here the cache
-directory is named by a digest of every source file that can hold a kernel, so stale code cannot be found at all.
-And since it is native code that root may run, the directory is the user's own, mode 0700; any other is refused.
+The cache. numba's own cache looks at the modification time of the one file that holds a kernel, so an edit to
+a helper in another file would leave old machine code running - old *bounds checks*, in our case. Here the
+cache directory is named by a digest of every source file that can hold a kernel, so stale code cannot be
+found at all. And since it is native code that root may run, the directory is the user's own, mode 0700; any
+other is refused.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import config, types
+from numba import types
+from numba.core import config as _config
 from numba.core import errors as _errors
 
 __all__ = ["JIT", "SEAM", "CacheDirError", "address_of", "cache_dir", "inline", "kernel", "seam_function"]
+
+config: Any = _config
 
 JIT: bool = not config.DISABLE_JIT
 """False under NUMBA_DISABLE_JIT=1, when every kernel and intrinsic is its plain Python twin."""
@@ -55,10 +60,18 @@ def _private(path: Path) -> None:
     st = os.stat(path, follow_symlinks=False)
     if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid() or st.st_mode & 0o022:
         raise CacheDirError(
-            f"cache directory {path}: owner {st.st_uid}, mode {stat.S_IMODE(st.st_mode):04o}; compiled code is loaded"
-            f" from it, so it must belong to user {os.geteuid()} and be writable by nobody else: chmod 700 it, or"
-            " name another with PVDRIVERS_CACHE_DIR"
+            f"cache directory {path}: owner {st.st_uid}, mode {stat.S_IMODE(st.st_mode):04o}; compiled code"
+            f" is loaded from it, so it must belong to user {os.geteuid()} and be writable by nobody else:"
+            " chmod 700 it, or name another with PVDRIVERS_CACHE_DIR"
         )
+    # Who may rename a directory above may put another in this one's place, between this look and the load.
+    for above in path.parents:
+        mode = os.stat(above).st_mode
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            raise CacheDirError(
+                f"cache directory {path}: everybody can rename what is in {above}, mode"
+                f" {stat.S_IMODE(mode):04o}; name another with PVDRIVERS_CACHE_DIR"
+            )
 
 
 def cache_dir() -> Path:
@@ -93,11 +106,11 @@ def inline(fn: Callable[..., Any]) -> Any:
 
 
 SEAM = types.int64(types.int64, types.int64, types.int64, types.int64)
-"""The one signature of everything called by address: f(context, a, b, c) -> int64, zero or more, or -errno."""
+"""The one signature of all that is called by address: f(context, a, b, c) -> int64, >= 0 or -errno."""
 
 
 class _PlainSeam:
-    """With the JIT off there is no machine code: an address is a number that stands for the Python function."""
+    """With the JIT off there is no machine code: an address is a number that stands for the function."""
 
     table: dict[int, Callable[[int, int, int, int], int]] = {}
 
@@ -117,7 +130,8 @@ def seam_function(fn: Callable[[int, int, int, int], int]) -> Any:
     """
     if not JIT:
         return _PlainSeam(fn)
-    return numba.cfunc(SEAM, cache=True, nopython=True, error_model="numpy")(fn)
+    cfunc: Any = numba.cfunc
+    return cfunc(SEAM, cache=True, nopython=True, error_model="numpy")(fn)
 
 
 def address_of(fn: Any) -> int:
@@ -126,7 +140,7 @@ def address_of(fn: Any) -> int:
 
 
 def compiled_signatures(fn: Any) -> int:
-    """How many versions of a kernel were compiled or loaded so far (tests: nothing compiles after InitWait)."""
+    """How many versions of a kernel were compiled or loaded so far."""
     return len(getattr(fn, "signatures", ()))
 
 

@@ -1,17 +1,18 @@
 """One ring, two ends: Xen's public/io/ring.h as a record and a dozen small kernels.
 
-Request and response directions are one structure seen from two sides, so both ends are the same record with the
-addresses exchanged. What differs is who may speak unasked, and that is one number, `credit`: a back end grants
-its peer `nr_ents` messages, a front end grants none (a response needs a request). Then for either end
+Request and response directions are one structure seen from two sides, so both ends are the same record with
+the addresses exchanged. What differs is who may speak unasked, and that is one number, `credit`: a back end
+grants its peer `nr_ents` messages, a front end grants none (a response needs a request). Then for either end
 
     legal      available <= credit + (prod_pvt - cons)
     room       nr_ents - credit - (prod_pvt - cons)
 
-An end is private memory, never shared: a peer that could write nr_ents could make us write anywhere (sDDF #200).
-Every kernel takes the address of a RING_END; indices run freely modulo 2**32 and are kept as int64. No kernel
-looks at a message in a slot: `take` copies it out, and only the copy is to be believed (XSA-155).
+An end is private memory, never shared: a peer that could write nr_ents could make us write anywhere (sDDF
+#200). Every kernel takes the address of a RING_END; indices run freely modulo 2**32 and are kept as int64. No
+kernel looks at a message in a slot: `take` copies it out, and only the copy is to be believed (XSA-155).
 """
 
+# mypy: disable-error-code=no-any-return
 from __future__ import annotations
 
 import numpy as np
@@ -56,7 +57,7 @@ __all__ = [
 ]
 
 CORRUPT = -1
-"""The peer's producer index is one that no honest peer can have written. The ring is dead; see `available`."""
+"""The peer's producer index is one that no honest peer writes. The ring is dead; see `available`."""
 
 PAGE_SIZE = 4096
 """Bytes in a page of a ring, whatever the page size of the host (XEN_PAGE_SHIFT 12 in ring.h)."""
@@ -71,7 +72,7 @@ RING_END = np.dtype(
     [
         ("slots", np.int64),  # address of slot 0
         ("prod", np.int64),  # address of the producer index that we write
-        ("prod_event", np.int64),  # address of the event index that our peer writes: when it wants to be woken
+        ("prod_event", np.int64),  # address of the event index that our peer writes: wake it then
         ("peer_prod", np.int64),  # address of the producer index that our peer writes
         ("peer_event", np.int64),  # address of the event index that we write
         ("nr_ents", np.int64),  # slots, a power of two
@@ -87,7 +88,8 @@ RING_END = np.dtype(
 )
 """One end of a ring. Private. Addresses and counts; the three indices are numbers from 0 to 2**32 - 1.
 
-The peer can write `prod` too, for the page is shared; so what we published is remembered in `pushed`, not read.
+The peer can write `prod` too, for the page is shared; so what we published is remembered in `pushed`, not
+read.
 """
 
 
@@ -113,7 +115,7 @@ def format_page(sring: int) -> None:
 
 @inline
 def _attach(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
-    """What both ends have in common; 0, or CORRUPT for indices that cannot be, or a size that is no power of two."""
+    """What both ends have in common; 0, or CORRUPT for indices or a size that cannot be."""
     if nr_ents <= 0 or nr_ents > _MAX_ENTRIES or nr_ents & (nr_ents - 1) != 0 or entry_size <= 0:
         return CORRUPT
     e = records(end, 1, RING_END)[0]
@@ -131,8 +133,8 @@ def _attach(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
 def front_end(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
     """FRONT_RING_ATTACH at the indices that are in the page; 0, or CORRUPT if they are absurd.
 
-    On a page just formatted this is FRONT_RING_INIT. On a live one no response counts as taken by us that the back
-    end has published: whoever remembers better sets end["cons"].
+    On a page just formatted this is FRONT_RING_INIT. On a live one no response counts as taken by us that the
+    back end has published: whoever remembers better sets end["cons"].
     """
     status = _attach(end, sring, nr_ents, entry_size)
     e = records(end, 1, RING_END)[0]
@@ -147,10 +149,10 @@ def front_end(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
 
 @kernel
 def back_end(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
-    """BACK_RING_ATTACH(rsp_prod), as Linux does it: live indices are honoured; 0, or CORRUPT if they are absurd.
+    """BACK_RING_ATTACH(rsp_prod), as Linux does it: live indices are honoured; 0, or CORRUPT if absurd.
 
-    All that has no response yet will be taken (again). A caller with a journal knows which of it the process before
-    took already, and sets end["cons"].
+    All that has no response yet will be taken (again). A caller with a journal knows which of it the process
+    before took already, and sets end["cons"].
     """
     status = _attach(end, sring, nr_ents, entry_size)
     e = records(end, 1, RING_END)[0]
@@ -167,8 +169,8 @@ def back_end(end: int, sring: int, nr_ents: int, entry_size: int) -> int:
 def available(end: int) -> int:
     """Messages that wait for us, or CORRUPT. RING_HAS_UNCONSUMED_* and RING_*_PROD_OVERFLOW in one.
 
-    A hostile producer index would otherwise make us take slots that hold our own unread output, or for ever. One
-    load only, for the check must be of the value that is used.
+    A hostile producer index would otherwise make us take slots that hold our own unread output, or for ever.
+    One load only, for the check must be of the value that is used.
     """
     e = records(end, 1, RING_END)[0]
     cons = e["cons"]
@@ -186,7 +188,7 @@ def slot(end: int, index: int) -> int:
 
 @inline
 def copy_message(end: int, index: int, out: int) -> None:
-    """Copy the slot of `index`, entry_size bytes, to private memory. RING_COPY_REQUEST, RING_COPY_RESPONSE."""
+    """RING_COPY_REQUEST, RING_COPY_RESPONSE: the slot of `index`, entry_size bytes, to private memory."""
     e = records(end, 1, RING_END)[0]
     size = e["entry_size"]
     copy_in(out, e["slots"] + (index & (e["nr_ents"] - 1)) * size, size)
@@ -227,14 +229,14 @@ def take(end: int, out: int, stride: int, limit: int) -> int:
 
 @inline
 def room(end: int) -> int:
-    """Slots that we may fill. RING_FREE_REQUESTS at a front end; at a back end, requests taken and unanswered."""
+    """Slots that we may fill. At a front end RING_FREE_REQUESTS; at a back end what it owes responses for."""
     e = records(end, 1, RING_END)[0]
     return e["nr_ents"] - e["credit"] - signed_distance(e["prod_pvt"], e["cons"])
 
 
 @inline
 def unanswered(end: int) -> int:
-    """Requests without a response: at a front end those put and not answered, at a back end those taken and not."""
+    """Requests that have no response: put by a front end, or taken by a back end, and not answered."""
     e = records(end, 1, RING_END)[0]
     ahead = signed_distance(e["prod_pvt"], e["cons"])
     return ahead if e["credit"] == 0 else -ahead
@@ -257,7 +259,7 @@ def put(end: int, message: int) -> None:
 
 @inline
 def put_part(end: int, message: int, size: int) -> None:
-    """Copy one message of `size` <= entry_size bytes into the next slot and leave the rest of the slot as it is."""
+    """Copy one message of `size` <= entry_size bytes into the next slot; the rest of the slot stays."""
     e = records(end, 1, RING_END)[0]
     copy_bytes(slot(end, e["prod_pvt"]), message, size)
     advance_prod(end, 1)
@@ -281,8 +283,8 @@ def push(end: int) -> bool:
     e["pushed"] = new
     # Release: the peer sees the messages before the index. Pairs with the acquire in `available`.
     store_release32(e["prod"], np.uint32(new))
-    # The peer sees the index before we look at its event. Pairs with the barrier in `final_check`: of the two of us,
-    # at least one sees what the other has written, and so no wake-up is lost.
+    # The peer sees the index before we look at its event. Pairs with the barrier in `final_check`: of the two
+    # of us, at least one sees what the other has written, and so no wake-up is lost.
     full_barrier()
     notify = distance(new, load_once32(e["prod_event"])) < fresh
     if notify:
@@ -294,7 +296,7 @@ def push(end: int) -> bool:
 
 @inline
 def final_check(end: int) -> int:
-    """RING_FINAL_CHECK_FOR_*, before sleeping: messages that wait after all, 0 (now one may sleep) or CORRUPT.
+    """RING_FINAL_CHECK_FOR_*, before sleeping: messages that wait after all, 0 (now sleep), or CORRUPT.
 
     Sets our event to cons + 1: the very next message is to wake us.
     """
