@@ -59,7 +59,7 @@ lint: setup lint-tools ## ruff, mypy --strict, and who may import whom
 
 lint-tools: setup
 	@echo "lint: ruff"
-	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff check -q --output-format concise .
 	@echo "lint: mypy --strict $(PACKAGES)"
 	@$(BIN)/mypy --strict --no-error-summary $(PACKAGES)
 
