@@ -53,7 +53,6 @@ OPERATING_SYSTEM = {
 }  # fmt: skip
 KERNELS_AND_SYSTEM = {
     "pvdrivers/syscalls.py": "the one file of libc calls",
-    "pvdrivers/storage/uring.py": "the one file of io_uring, set up in Python and driven by kernels",
     "rings/atomics.py": "with the JIT off its twins reach memory by ctypes",
 }
 
