@@ -9,7 +9,9 @@ are int64. On x86-64 an acquire load and a release store are plain moves; on arm
     x = prod; xen_rmb()         load_acquire32(prod)
     xen_mb()                    full_barrier()
 
-Under NUMBA_DISABLE_JIT=1 each intrinsic is replaced by a ctypes twin (below): same names, same results.
+Under NUMBA_DISABLE_JIT=1 each intrinsic is replaced by a ctypes twin (below): same names, same results. Loads
+and stores of the twins are single accesses; their compare_exchange and fetch_* are two, so not for a second
+thread.
 """
 
 from __future__ import annotations
@@ -180,11 +182,7 @@ if JIT:
 
 else:
     import ctypes
-    import threading
     from collections.abc import Callable
-
-    # Between threads a twin is as atomic as what it stands for; between processes it is not.
-    _ONE_AT_A_TIME = threading.Lock()
 
     _C = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_uint32, 64: ctypes.c_int64}
 
@@ -209,10 +207,9 @@ else:
 
         def cas(addr: int, old: int, new: int) -> int:
             word = cty.from_address(int(addr))
-            with _ONE_AT_A_TIME:
-                seen: int = word.value
-                if seen == _wrap(old, bits):
-                    word.value = _wrap(new, bits)
+            seen: int = word.value
+            if seen == _wrap(old, bits):
+                word.value = _wrap(new, bits)
             return seen
 
         return cas
@@ -228,9 +225,8 @@ else:
 
         def rmw(addr: int, value: int) -> int:
             word = cty.from_address(int(addr))
-            with _ONE_AT_A_TIME:
-                seen: int = word.value
-                word.value = _wrap(combine(seen, int(value)), bits)
+            seen: int = word.value
+            word.value = _wrap(combine(seen, int(value)), bits)
             return seen
 
         return rmw

@@ -9,12 +9,19 @@ int64 variable, as a negative number; either way what is 2**63 or more is outsid
 # mypy: disable-error-code=no-any-return
 from __future__ import annotations
 
-from .jit import inline
+from typing import Any
+
+import numpy as np
+
+from .jit import JIT, inline
 
 __all__ = ["PAGE_SHIFT", "PAGE_SIZE", "in_page", "in_range", "page_span"]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
+
+# One signedness before anything is compared: to numba a uint64 of 2**63 + 1 is <= an int64 of 2**63 - 1.
+_number: Any = np.int64 if JIT else int
 
 
 @inline
@@ -23,7 +30,7 @@ def in_range(start: int, count: int, limit: int) -> bool:
 
     `limit` is ours, from 0 to 2**63 - 1; start and count are anybody's.
     """
-    start, count, limit = int(start), int(count), int(limit)
+    start, count, limit = _number(start), _number(count), _number(limit)
     if start < 0 or count < 0 or count > limit:
         return False
     return start <= limit - count
