@@ -1,0 +1,198 @@
+"""The journal's file: one a device, in the run directory, mapped shared by the worker, found by the next daemon.
+
+See pvdrivers/worker/journal.py for what a record goes through. Layout: a page of header with one JOURNAL_QUEUE for
+each queue from byte 1024 on, then the records of the queues.
+
+A journal belongs to one incarnation of one device: the guest's uuid, the device, its ring grefs and remote ports. With
+any mismatch it is discarded, and the device reconnects in order.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pvdrivers.errors import PvError
+from pvdrivers.worker.journal import DONE, FREE, JOURNAL_QUEUE, JOURNAL_RECORD, TAKEN
+from rings.atomics import distance, signed_distance
+
+MAGIC = b"PVJRNL\x00\x01"
+VERSION = 1
+_HEADER = struct.Struct("<8sIIII512s")  # magic, version, queues, record size, unused, incarnation
+_QUEUES_AT = 1024
+MAX_QUEUES = (4096 - _QUEUES_AT) // JOURNAL_QUEUE.itemsize
+
+
+class JournalError(PvError):
+    """The journal's file could not be made; says which limit was in the way."""
+
+
+@dataclass
+class QueueRecovery:
+    """What the journal says of one queue, held against the indices in the ring page."""
+
+    req_cons: int
+    """The next request to take."""
+    execute: list[int] = field(default_factory=list)
+    """Indices of taken records, oldest request first: to be executed again."""
+    answer: list[int] = field(default_factory=list)
+    """Indices of done records whose response was never pushed, by response index: to be answered, not executed."""
+
+
+class Journal:
+    """The journal of one device. `memory_only` keeps the records in private memory: nothing survives."""
+
+    def __init__(self, buffer: mmap.mmap, path: Path | None) -> None:
+        self._map = buffer
+        self.path = path
+        self._bytes = np.frombuffer(buffer, np.uint8)
+        self.address = int(self._bytes.ctypes.data)
+
+    @classmethod
+    def create(cls, path: Path | None, incarnation: str, nr_ents: Sequence[int]) -> Journal:
+        """A new, empty journal for queues of `nr_ents` records each. Raises JournalError (no room, too many queues).
+
+        With path None it lives in private memory.
+        """
+        if len(nr_ents) > MAX_QUEUES:
+            raise JournalError(f"journal: {len(nr_ents)} queues, the limit is {MAX_QUEUES}")
+        tag = incarnation.encode()
+        if len(tag) > 512:
+            raise JournalError(f"journal: an incarnation of {len(tag)} bytes, the limit is 512")
+        size = 4096 + sum(nr_ents) * JOURNAL_RECORD.itemsize
+        size = (size + 4095) & ~4095
+        if path is None:
+            buffer = mmap.mmap(-1, size)
+        else:
+            buffer = cls._new_file(path, size)
+        journal = cls(buffer, path)
+        offset = 4096
+        for q, n in enumerate(nr_ents):
+            head = journal.queue(q)
+            head["nr_ents"], head["records"] = n, offset
+            offset += n * JOURNAL_RECORD.itemsize
+        buffer[: _HEADER.size] = _HEADER.pack(MAGIC, VERSION, len(nr_ents), JOURNAL_RECORD.itemsize, 0, tag)
+        return journal
+
+    @staticmethod
+    def _new_file(path: Path, size: int) -> mmap.mmap:
+        temporary = path.with_name(path.name + ".new")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, size)  # a full tmpfs is an error here, a SIGBUS later
+            except OSError as e:
+                os.unlink(temporary)
+                raise JournalError(
+                    f"journal {path}: no room for {size} bytes ({e.strerror}); free space in the run directory"
+                ) from e
+            buffer = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        return buffer
+
+    @classmethod
+    def open(cls, path: Path, incarnation: str, nr_ents: Sequence[int]) -> Journal | None:
+        """The journal that a predecessor left, if it is of this very incarnation and shape; else None."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            size = os.fstat(fd).st_size
+            if size < 4096:
+                return None
+            buffer = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        magic, version, queues, record_size, _, tag = _HEADER.unpack(buffer[: _HEADER.size])
+        journal = cls(buffer, path)
+        if (
+            magic != MAGIC
+            or version != VERSION
+            or record_size != JOURNAL_RECORD.itemsize
+            or queues != len(nr_ents)
+            or tag.rstrip(b"\0") != incarnation.encode()
+        ):
+            return None
+        offset = 4096
+        for q, n in enumerate(nr_ents):
+            head = journal.queue(q)
+            if int(head["nr_ents"]) != n or int(head["records"]) != offset:
+                return None
+            offset += n * JOURNAL_RECORD.itemsize
+        return journal if offset <= size else None
+
+    def queue(self, q: int) -> np.void:
+        """The JOURNAL_QUEUE of queue q, a view."""
+        at = _QUEUES_AT + q * JOURNAL_QUEUE.itemsize
+        row: np.void = self._bytes[at : at + JOURNAL_QUEUE.itemsize].view(JOURNAL_QUEUE)[0]
+        return row
+
+    def queue_address(self, q: int) -> int:
+        """The address of the JOURNAL_QUEUE of queue q."""
+        return self.address + _QUEUES_AT + q * JOURNAL_QUEUE.itemsize
+
+    def records(self, q: int) -> np.ndarray:
+        """The records of queue q: a view, shape (nr_ents,), dtype JOURNAL_RECORD."""
+        head = self.queue(q)
+        at = int(head["records"])
+        return self._bytes[at : at + int(head["nr_ents"]) * JOURNAL_RECORD.itemsize].view(JOURNAL_RECORD)
+
+    def records_address(self, q: int) -> int:
+        """The address of the first record of queue q."""
+        return self.address + int(self.queue(q)["records"])
+
+    def recover(self, q: int, rsp_prod: int) -> QueueRecovery | None:
+        """Sort the records of queue q by what is left to do; `rsp_prod` as the ring page has it. Frees the others.
+
+        None if the guest's page and the journal cannot both be right: then the device reconnects.
+        """
+        rows = self.records(q)
+        req_cons = int(self.queue(q)["req_cons"])
+        taken, done = [], []
+        for i in range(len(rows)):
+            state = int(rows[i]["state"])
+            if state == TAKEN:
+                # Not passed by req_cons: it is still on the ring and was never executed.
+                if signed_distance(req_cons, int(rows[i]["req_index"])) > 0:
+                    taken.append(i)
+                else:
+                    rows[i]["state"] = FREE
+            elif state == DONE:
+                if signed_distance(rsp_prod, int(rows[i]["rsp_index"])) > 0:
+                    rows[i]["state"] = FREE  # the guest has the answer
+                else:
+                    done.append(i)
+        taken.sort(key=lambda i: signed_distance(int(rows[i]["req_index"]), req_cons))
+        done.sort(key=lambda i: signed_distance(int(rows[i]["rsp_index"]), rsp_prod))
+        # Everything taken has its response pushed, or is in one of the two lists.
+        if distance(req_cons, rsp_prod) != len(taken) + len(done):
+            return None
+        return QueueRecovery(req_cons, taken, done)
+
+    def reset(self, q: int, req_cons: int) -> None:
+        """Start anew: no records, the next request to take is `req_cons`."""
+        self.records(q)["state"] = FREE
+        self.queue(q)["req_cons"] = req_cons
+
+    def erase(self) -> None:
+        """The device has disconnected: nothing of it is to be recovered."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            self.path = None
+
+    def close(self) -> None:
+        """Let go of the memory. The file stays."""
+        del self._bytes
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a view is still about; the mapping goes with it

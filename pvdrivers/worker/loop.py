@@ -1,0 +1,269 @@
+"""The loop of a worker. It knows rings, completions and sleep, and no device class.
+
+A pass visits only rings with something pending, gives each a budget so that no guest starves another, and makes at
+most one system call besides those that a full chunk of I/O asks for:
+
+    reap      completions: I/O is handed back to its ring, an event marks its ring ready
+    finish    rings with finished I/O: release, respond, notify          (class: RING.finish)
+    serve     rings with something pending: take, plan, acquire, submit  (class: RING.step)
+    rest      nothing left: arm the events, look once more, and wait once for everything
+
+It leaves only when told to stop, or when io_uring itself fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pvdrivers.platform import SEAM
+from pvdrivers.storage.uring import advance, cqe, peek, queue_poll, queue_poll_remove, reap, wait
+from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
+from pvdrivers.syscalls import EINTR, clock_monotonic
+from rings.atomics import call, load_acquire64, pause, records, store_release64
+from rings.jit import inline, kernel
+from rings.ring import available, final_check
+
+from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
+from .records import (
+    RING_ACTIVE,
+    RING_ATTACHING,
+    RING_DEAD,
+    RING_DETACHED,
+    RING_DETACHING,
+    RING_FREE,
+    TAG_DOORBELL,
+    TAG_EVENT,
+    TAG_IGNORE,
+    TAG_MASK,
+)
+
+_I4 = np.dtype(np.int32)
+INDEX_MASK = 0xFFFFFF
+SHARED_EVENTS = INDEX_MASK  # the index that stands for the one event fd of all rings
+
+
+@inline
+def _seam(w: Any) -> Any:
+    return records(w["seam"], 1, SEAM)[0]
+
+
+@inline
+def _store_state(ra: int, state: int) -> None:
+    store_release64(ra, np.int64(state))  # RING.state is the first field; pairs with the control thread's load
+
+
+@kernel
+def _collect_events(wa: int, token: int) -> None:
+    """An event fd became readable: every ring whose port is pending becomes ready."""
+    w = worker_at(wa)
+    seam = _seam(w)
+    call(seam["event_deliver"], seam["event_ctx"], token, 0, 0)
+    ports = records(w["port_ring"], w["max_ports"], _I4)
+    for _ in range(w["max_ports"]):
+        port = call(seam["event_next"], seam["event_ctx"], 0, 0, 0)
+        if port < 0:
+            break
+        w["events"] += 1
+        index = np.int64(ports[port]) if port < w["max_ports"] else np.int64(-1)
+        if index < 0:
+            call(seam["event_unmask"], seam["event_ctx"], port, 0, 0)
+            continue
+        ra = ring_address(w, index)
+        ring = ring_at(ra)
+        ring["masked"] = 1
+        stats_at(ring["stats"])["events"] += 1
+        mark_ready(wa, ra)
+
+
+@kernel
+def _try_detach(wa: int, ra: int) -> None:
+    """The control thread wants the ring back; it has it when nothing is in flight and its poll has ended."""
+    ring = ring_at(ra)
+    if ring["state"] != RING_DETACHING or ring["inflight"] != 0:
+        return
+    if ring["event_fd"] >= 0 and ring["polled"] != 0:
+        if ring["polled"] == 1:
+            ring["polled"] = 2
+            tag = TAG_EVENT | ring["index"]
+            queue_poll_remove(worker_at(wa)["uring"], ring["event_fd"], tag, TAG_IGNORE)
+        return
+    _store_state(ra, RING_DETACHED)
+
+
+@kernel
+def _look_at_rings(wa: int) -> None:
+    """The doorbell rang: rings come, go, or are to look at their device again."""
+    w = worker_at(wa)
+    for i in range(w["max_rings"]):
+        ra = ring_address(w, i)
+        # Acquire: who sees the state sees the record that the control thread has filled in.
+        state = load_acquire64(ra)
+        if state == RING_FREE or state == RING_DETACHED or state == RING_DEAD:
+            continue
+        ring = ring_at(ra)
+        if state == RING_ATTACHING:
+            if ring["event_fd"] >= 0:
+                ring["polled"] = 1
+                queue_poll(w["uring"], ring["event_fd"], TAG_EVENT | i)
+            _store_state(ra, RING_ACTIVE)
+            mark_ready(wa, ra)
+        elif state == RING_ACTIVE:
+            mark_ready(wa, ra)
+        elif state == RING_DETACHING:
+            _try_detach(wa, ra)
+
+
+@inline
+def _event_completion(wa: int, index: int, flags: int) -> None:
+    """A poll fired. One that has ended is queued again, unless its ring is on the way out."""
+    w = worker_at(wa)
+    if index == SHARED_EVENTS:
+        if flags & IORING_CQE_F_MORE == 0:
+            queue_poll(w["uring"], w["event_fd"], TAG_EVENT | SHARED_EVENTS)
+        _collect_events(wa, w["event_token"])
+        return
+    ra = ring_address(w, index)
+    ring = ring_at(ra)
+    if flags & IORING_CQE_F_MORE == 0:
+        if ring["state"] == RING_DETACHING or ring["state"] == RING_DEAD:
+            ring["polled"] = 0
+            _try_detach(wa, ra)
+            return
+        queue_poll(w["uring"], ring["event_fd"], TAG_EVENT | index)
+    if ring["state"] == RING_ACTIVE:
+        _collect_events(wa, ring["event_token"])
+
+
+@kernel
+def _handle_completions(wa: int, n: int) -> None:
+    """Hand `n` completions to whom they belong."""
+    w = worker_at(wa)
+    u = w["uring"]
+    for _ in range(n):
+        c = records(cqe(u, 0), 1, CQE)[0]
+        user_data, res, flags = np.int64(c["user_data"]), np.int64(c["res"]), np.int64(c["flags"])
+        advance(u, 1)
+        tag = user_data & TAG_MASK
+        if tag == 0:
+            w["inflight"] -= 1
+            complete(user_data, res)
+        elif tag == TAG_EVENT:
+            _event_completion(wa, user_data & INDEX_MASK, flags)
+        elif tag == TAG_DOORBELL:
+            if flags & IORING_CQE_F_MORE == 0:
+                queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
+            _look_at_rings(wa)
+
+
+@kernel
+def _finish(wa: int) -> None:
+    """Every ring with finished I/O releases, responds and notifies."""
+    w = worker_at(wa)
+    while w["done_head"] != 0:
+        ra = w["done_head"]
+        ring = ring_at(ra)
+        w["done_head"] = ring["next_done"]
+        ring["next_done"] = 0
+        call(ring["finish"], wa, ra, 0, 0)
+        if ring["state"] == RING_DETACHING:
+            _try_detach(wa, ra)
+
+
+@kernel
+def _serve(wa: int) -> int:
+    """Every ring that is ready now, once, with its budget. One that has more goes to the end of the line."""
+    w = worker_at(wa)
+    seam = _seam(w)
+    last = w["ready_tail"]
+    served = 0
+    while w["ready_head"] != 0:
+        ra = pop_ready(wa)
+        ring = ring_at(ra)
+        if ring["state"] == RING_ACTIVE:
+            served += 1
+            mark_active(wa, ra)
+            if call(ring["step"], wa, ra, w["budget"], 0) > 0:
+                mark_ready(wa, ra)
+            if ring["masked"] != 0:
+                # Late: a storm of events costs its sender a visit each, not a wake-up each.
+                ring["masked"] = 0
+                call(seam["event_unmask"], seam["event_ctx"], ring["port"], 0, 0)
+        if ra == last:
+            break
+    return served
+
+
+@kernel
+def _poll_active(wa: int) -> int:
+    """Look at rings whose events are not armed; how many have something for us."""
+    ra = worker_at(wa)["active_head"]
+    found = 0
+    while ra != 0:
+        ring = ring_at(ra)
+        if ring["state"] == RING_ACTIVE and ring["blocked"] == 0 and available(ring["end"]) != 0:
+            mark_ready(wa, ra)
+            found += 1
+        ra = ring["next_active"]
+    return found
+
+
+@kernel
+def _arm(wa: int) -> int:
+    """Ask every active ring's peer to wake us by its next request; how many had one already. See final_check."""
+    w = worker_at(wa)
+    found = 0
+    keep = np.int64(0)
+    while w["active_head"] != 0:
+        ra = w["active_head"]
+        ring = ring_at(ra)
+        w["active_head"] = ring["next_active"]
+        # A blocked ring has requests that it cannot take now; what unblocks it marks it ready.
+        if ring["state"] == RING_ACTIVE and ring["blocked"] == 0 and final_check(ring["end"]) != 0:
+            mark_ready(wa, ra)
+            found += 1
+            ring["next_active"] = keep
+            keep = ra
+        else:
+            ring["active"] = 0
+    w["active_head"] = keep
+    return found
+
+
+@kernel
+def run(wa: int) -> int:
+    """The loop. 0 when told to stop, or -errno of io_uring."""
+    w = worker_at(wa)
+    u = w["uring"]
+    queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
+    if w["event_fd"] >= 0:
+        queue_poll(u, w["event_fd"], TAG_EVENT | SHARED_EVENTS)
+    _look_at_rings(wa)
+    busy_until = np.int64(0)
+    while load_acquire64(wa) == 0:  # WORKER.stop is the first field
+        w["passes"] += 1
+        n = reap(u)
+        w["now"] = clock_monotonic()
+        if n > 0:
+            _handle_completions(wa, n)
+        _finish(wa)
+        _poll_active(wa)
+        served = _serve(wa)
+        _finish(wa)
+        if w["ready_head"] != 0 or w["done_head"] != 0:
+            continue
+        if w["spin_ns"] > 0:
+            if n > 0 or served > 0:
+                busy_until = w["now"] + w["spin_ns"]
+            if w["now"] < busy_until:
+                pause()
+                continue
+        if _arm(wa) > 0 or peek(u) > 0:
+            continue
+        w["sleeps"] += 1
+        n = wait(u, -1)
+        if n < 0 and n != -EINTR:
+            w["error"] = n
+            return n
+    return 0

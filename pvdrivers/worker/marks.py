@@ -1,0 +1,129 @@
+"""Small moves between the worker's lists. Intrusive lists of addresses: no allocation, no lock, no search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pvdrivers.syscalls import eventfd_add
+from rings.atomics import records, store_release64
+from rings.jit import inline, kernel
+
+from .records import REQ, RING, RING_ACTIVE, RING_DEAD, STATS, WORKER
+
+_RING_STATE_AT = 0
+_RING_SIZE = RING.itemsize
+
+
+@inline
+def worker_at(wa: int) -> Any:
+    """The WORKER record at an address."""
+    return records(wa, 1, WORKER)[0]
+
+
+@inline
+def ring_at(ra: int) -> Any:
+    """The RING record at an address."""
+    return records(ra, 1, RING)[0]
+
+
+@inline
+def req_at(qa: int) -> Any:
+    """The REQ head of a request at an address."""
+    return records(qa, 1, REQ)[0]
+
+
+@inline
+def stats_at(sa: int) -> Any:
+    """The STATS record at an address."""
+    return records(sa, 1, STATS)[0]
+
+
+@inline
+def ring_address(w: Any, index: int) -> int:
+    """The address of ring `index` of a worker."""
+    return w["rings"] + index * _RING_SIZE
+
+
+@kernel
+def mark_ready(wa: int, ra: int) -> None:
+    """Something may be pending on this ring: it is served in this pass, after those that came before it."""
+    w = worker_at(wa)
+    ring = ring_at(ra)
+    if ring["ready"] != 0 or ring["state"] != RING_ACTIVE:
+        return
+    ring["ready"] = 1
+    ring["next_ready"] = 0
+    if w["ready_tail"] != 0:
+        ring_at(w["ready_tail"])["next_ready"] = ra
+    else:
+        w["ready_head"] = ra
+    w["ready_tail"] = ra
+
+
+@inline
+def pop_ready(wa: int) -> int:
+    """The ring that has waited longest, or 0."""
+    w = worker_at(wa)
+    ra = w["ready_head"]
+    if ra != 0:
+        ring = ring_at(ra)
+        w["ready_head"] = ring["next_ready"]
+        if w["ready_head"] == 0:
+            w["ready_tail"] = 0
+        ring["ready"] = 0
+    return ra
+
+
+@inline
+def mark_active(wa: int, ra: int) -> None:
+    """This ring's events are not armed: it has to be looked at before the worker may sleep."""
+    ring = ring_at(ra)
+    if ring["active"] == 0:
+        w = worker_at(wa)
+        ring["active"] = 1
+        ring["next_active"] = w["active_head"]
+        w["active_head"] = ra
+
+
+@kernel
+def complete(qa: int, res: int) -> None:
+    """The store gave a request back: bytes, or -errno. Its ring is finished in this pass."""
+    req = req_at(qa)
+    req["res"] = res
+    req["next"] = 0
+    ra = req["ring"]
+    ring = ring_at(ra)
+    if ring["done_tail"] != 0:
+        req_at(ring["done_tail"])["next"] = qa
+        ring["done_tail"] = qa
+        return
+    ring["done_head"] = qa
+    ring["done_tail"] = qa
+    w = worker_at(ring["worker"])
+    ring["next_done"] = w["done_head"]
+    w["done_head"] = ra
+
+
+@inline
+def take_done(ra: int) -> int:
+    """All requests of this ring that the store gave back: the first, linked by REQ.next; 0 if there are none."""
+    ring = ring_at(ra)
+    qa = ring["done_head"]
+    ring["done_head"] = 0
+    ring["done_tail"] = 0
+    return qa
+
+
+@kernel
+def mark_dead(ra: int, violation: int) -> None:
+    """The peer broke the protocol: nothing more is taken from this ring, and the control thread hears of it."""
+    ring = ring_at(ra)
+    if ring["state"] != RING_ACTIVE:
+        return
+    ring["violation"] = violation
+    stats_at(ring["stats"])["violations"] += 1
+    # Release: who sees the state sees the reason.
+    store_release64(ra + _RING_STATE_AT, np.int64(RING_DEAD))
+    eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)

@@ -1,0 +1,164 @@
+"""What the compiled loop works on. Plain records in private memory; addresses are int64.
+
+A device class hands the worker a RING with two compiled addresses: `step` (take, plan, acquire, submit) and
+`finish` (release, respond). The loop calls them and knows no more of the class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# RING.state
+RING_FREE = 0
+RING_ATTACHING = 1  # filled in by the control thread; the worker has not seen it yet
+RING_ACTIVE = 2
+RING_DEAD = 3  # the peer broke the protocol; nothing is taken any more, what is in flight ends quietly
+RING_DETACHING = 4  # the control thread wants it back: when nothing is in flight the worker sets RING_DETACHED
+RING_DETACHED = 5
+
+# RING.violation
+V_NONE = 0
+V_OVERFLOW = 1
+V_RECOVERY = 2
+VIOLATIONS = {
+    V_OVERFLOW: "producer index beyond what the ring can hold",
+    V_RECOVERY: "ring indices do not fit what the journal says",
+}
+
+WORKER = np.dtype(
+    [
+        ("stop", "i8"),  # first; shared with the control thread: leave the loop
+        ("doorbell_fd", "i8"),
+        ("alert_fd", "i8"),  # eventfd that wakes the control thread
+        ("event_fd", "i8"),  # one fd for the events of all rings (real Xen), or -1: each ring has its own
+        ("event_token", "i8"),
+        ("uring", "i8"),  # address of a URING
+        ("seam", "i8"),  # address of a SEAM
+        ("rings", "i8"),  # address of RING[max_rings]
+        ("max_rings", "i8"),
+        ("port_ring", "i8"),  # address of i4[max_ports]: port -> ring index, -1 none
+        ("max_ports", "i8"),
+        ("ready_head", "i8"),  # list of rings with something pending, by RING.next_ready; 0 ends it
+        ("ready_tail", "i8"),
+        ("done_head", "i8"),  # list of rings with finished I/O, by RING.next_done
+        ("active_head", "i8"),  # list of rings whose events are not armed, by RING.next_active
+        ("spin_ns", "i8"),
+        ("budget", "i8"),  # requests a ring may take in one visit
+        ("now", "i8"),  # CLOCK_MONOTONIC, ns, once a pass
+        ("inflight", "i8"),  # requests submitted to the store and not back
+        ("kill_step", "i8"),  # tests: die at this commit point of the journal, see journal.STEPS; 0 never
+        ("kill_count", "i8"),  # ... when it is reached for the kill_count-th time
+        ("delay_first", "i8"),  # tests: hold back the first response of every batch, to force them out of order
+        ("ops", "i8"),  # GRANT_OP[max_ops]: the batch of a pass
+        ("max_ops", "i8"),
+        ("pass_reqs", "i8"),  # i8[budget]: REQ addresses of a pass
+        ("pass_segs", "i8"),  # scratch for segments of a pass
+        ("bounce", "i8"),  # address of the bounce pages
+        ("bounce_free", "i8"),  # i4 stack of free bounce pages
+        ("bounce_n", "i8"),  # how many are free
+        ("blocks", "i8"),  # address of the segment blocks for indirect requests
+        ("block_size", "i8"),
+        ("blocks_free", "i8"),  # i8 stack of free block addresses
+        ("blocks_n", "i8"),
+        ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
+        ("passes", "i8"),
+        ("sleeps", "i8"),
+        ("events", "i8"),
+        ("error", "i8"),  # -errno of io_uring that made the loop end
+        ("tid", "i8"),
+    ],
+    align=True,
+)
+
+ZERO_BYTES = 1 << 20
+
+RING = np.dtype(
+    [
+        ("state", "i8"),  # first; shared with the control thread
+        ("violation", "i8"),
+        ("reported", "i8"),  # the control thread has told of the violation
+        ("index", "i8"),
+        ("worker", "i8"),  # address of the WORKER that owns it for life
+        ("step", "i8"),  # seam function (worker, ring, budget, 0) -> 1 if more is pending, else 0
+        ("finish", "i8"),  # seam function (worker, ring, 0, 0) -> 0
+        ("end", "i8"),  # address of the RING_END
+        ("device", "i8"),  # address of the class's device record
+        ("priv", "i8"),  # address of the class's queue record, if it has one
+        ("port", "i8"),
+        ("event_fd", "i8"),
+        ("event_token", "i8"),
+        ("polled", "i8"),  # 0 no poll of event_fd, 1 queued, 2 being removed
+        ("blocked", "i8"),  # cannot take what is pending until something else happens (hold, no resources)
+        ("masked", "i8"),  # its port was delivered and waits for event_unmask
+        ("ready", "i8"),  # on the ready list
+        ("active", "i8"),  # on the active list: events not armed
+        ("next_ready", "i8"),
+        ("next_active", "i8"),
+        ("next_done", "i8"),
+        ("done_head", "i8"),  # REQs that the store gave back, by REQ.next
+        ("done_tail", "i8"),
+        ("inflight", "i8"),  # taken and not answered
+        ("hold_ack", "i8"),  # epoch of the device's hold that this ring has come to rest for
+        ("replay_head", "i8"),  # REQs that a dead predecessor had taken, by REQ.next: executed first
+        ("waiting", "i8"),  # a REQ that waits for the whole device to be at rest (barrier)
+        ("nr_ents", "i8"),
+        ("entry_size", "i8"),
+        ("journal", "i8"),  # address of the JOURNAL_QUEUE
+        ("records", "i8"),  # address of JOURNAL_RECORD[nr_ents]
+        ("record_size", "i8"),
+        ("reqs", "i8"),  # address of the class's REQ[nr_ents]
+        ("req_size", "i8"),
+        ("free", "i8"),  # i4 stack of free record indices
+        ("free_n", "i8"),
+        ("stats", "i8"),  # address of a STATS
+    ],
+    align=True,
+)
+
+REQ = np.dtype(
+    [
+        ("ring", "i8"),
+        ("next", "i8"),
+        ("res", "i8"),  # what the store said: bytes, or -errno
+        ("index", "i8"),  # of its journal record
+        ("taken", "i8"),  # ns
+    ],
+    align=True,
+)
+"""The head of every class's request: all that the loop knows of one. Its address is the I/O's user_data."""
+
+# user_data of completions: a REQ address, or one of these in the top bits (addresses are below 2**47).
+TAG_EVENT = 1 << 60
+TAG_DOORBELL = 2 << 60
+TAG_IGNORE = 3 << 60
+TAG_MASK = 7 << 60
+
+HIST_BUCKETS = 256
+HIST_KINDS = 3  # read, write, other
+
+STATS = np.dtype(
+    [
+        ("kinds", "u8", (8,)),  # requests by kind: read, write, flush, barrier, discard, secure discard, rejected, -
+        ("bytes_read", "u8"),
+        ("bytes_written", "u8"),
+        ("errors", "u8"),
+        ("rejected", "u8"),
+        ("violations", "u8"),
+        ("notify_sent", "u8"),
+        ("notify_saved", "u8"),
+        ("events", "u8"),
+        ("grants_mapped", "u8"),
+        ("grants_copied", "u8"),
+        ("persistent_hits", "u8"),
+        ("persistent_held", "u8"),
+        ("map_failures", "u8"),
+        ("replayed", "u8"),
+        ("inflight", "u8"),
+        ("state", "u8"),  # RING.state, for the reader
+        ("nr_ents", "u8"),
+        ("pad", "u8", (5,)),
+        ("hist", "u8", (HIST_KINDS, HIST_BUCKETS)),
+    ],
+    align=True,
+)
+"""Counters of one queue, in a file that `pvdrivers stats` maps. Written by the worker alone, read at any time."""
