@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from .atomics import (
+    compiler_barrier,
     copy_bytes,
     copy_in,
     distance,
@@ -222,7 +223,7 @@ def take(end: int, out: int, stride: int, limit: int) -> int:
     else:
         for i in range(n):
             copy_bytes(out + i * stride, slots + ((cons + i) & mask) * size, size)
-    copy_in(out, out, 0)  # the compiler barrier of copy_in, once for the batch
+    compiler_barrier()  # that of copy_in, once for the batch
     e["cons"] = (cons + n) & 0xFFFFFFFF
     return n
 
