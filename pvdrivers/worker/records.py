@@ -48,18 +48,17 @@ WORKER = np.dtype(
         ("inflight", "i8"),  # requests submitted to the store and not back
         ("kill_step", "i8"),  # tests: die at this commit point of the journal, see journal.STEPS; 0 never
         ("kill_count", "i8"),  # ... when it is reached for the kill_count-th time
-        ("delay_first", "i8"),  # tests: hold back the first response of every batch, to force them out of order
+        ("reverse", "i8"),  # tests: answer every batch of finished requests in reverse order
         ("ops", "i8"),  # GRANT_OP[max_ops]: the batch of a pass
         ("max_ops", "i8"),
         ("pass_reqs", "i8"),  # i8[budget]: REQ addresses of a pass
-        ("pass_segs", "i8"),  # scratch for segments of a pass
+        ("scratch", "i8"),  # 128 bytes: a request before it is brought to its native layout
         ("bounce", "i8"),  # address of the bounce pages
         ("bounce_free", "i8"),  # i4 stack of free bounce pages
         ("bounce_n", "i8"),  # how many are free
-        ("blocks", "i8"),  # address of the segment blocks for indirect requests
-        ("block_size", "i8"),
-        ("blocks_free", "i8"),  # i8 stack of free block addresses
+        ("blocks_free", "i8"),  # i8 stack of addresses of free BLOCKs, for requests of many segments
         ("blocks_n", "i8"),
+        ("starved", "i8"),  # rings that wait for a block or for bounce pages
         ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
         ("passes", "i8"),
         ("sleeps", "i8"),
@@ -71,6 +70,24 @@ WORKER = np.dtype(
 )
 
 ZERO_BYTES = 1 << 20
+
+INLINE_SEGMENTS = 11  # segments that fit into a request without a block: blkif's direct ones
+BLOCK_SEGMENTS = 4096  # segments in a block: BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST x 512
+
+SEGMENT = np.dtype([("gref", "u4"), ("offset", "u2"), ("length", "u2")], align=True)
+"""A checked segment: `length` bytes, 1 to 4096, at `offset` in the page behind `gref`. Eight bytes."""
+
+IOVEC = np.dtype([("base", "i8"), ("length", "i8")], align=True)
+
+BLOCK_OPS_AT = BLOCK_SEGMENTS * SEGMENT.itemsize
+BLOCK_IOV_AT = BLOCK_OPS_AT + BLOCK_SEGMENTS * 32
+BLOCK_SIZE = BLOCK_IOV_AT + BLOCK_SEGMENTS * IOVEC.itemsize
+"""A block: SEGMENT, GRANT_OP and IOVEC [BLOCK_SEGMENTS]. Only what is used of it is ever touched."""
+
+POLICY_MAP = 0
+POLICY_PERSISTENT = 1
+POLICY_COPY = 2
+POLICIES = {"map": POLICY_MAP, "persistent": POLICY_PERSISTENT, "copy": POLICY_COPY}
 
 RING = np.dtype(
     [
@@ -101,6 +118,7 @@ RING = np.dtype(
         ("hold_ack", "i8"),  # epoch of the device's hold that this ring has come to rest for
         ("replay_head", "i8"),  # REQs that a dead predecessor had taken, by REQ.next: executed first
         ("waiting", "i8"),  # a REQ that waits for the whole device to be at rest (barrier)
+        ("barrier", "i8"),  # ... and that one, once it has begun
         ("nr_ents", "i8"),
         ("entry_size", "i8"),
         ("journal", "i8"),  # address of the JOURNAL_QUEUE
@@ -108,12 +126,17 @@ RING = np.dtype(
         ("record_size", "i8"),
         ("reqs", "i8"),  # address of the class's REQ[nr_ents]
         ("req_size", "i8"),
+        ("domid", "i8"),  # whose grefs its requests name
+        ("policy", "i8"),  # POLICY_*
+        ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
         ("free", "i8"),  # i4 stack of free record indices
         ("free_n", "i8"),
         ("stats", "i8"),  # address of a STATS
     ],
     align=True,
 )
+
+HOLD_ACK_AT: int = RING.fields["hold_ack"][1]  # type: ignore[index]
 
 REQ = np.dtype(
     [
@@ -122,10 +145,24 @@ REQ = np.dtype(
         ("res", "i8"),  # what the store said: bytes, or -errno
         ("index", "i8"),  # of its journal record
         ("taken", "i8"),  # ns
+        ("failed", "i8"),  # a page could not be had: the first GNTST_* that was not okay
+        ("to_guest", "i8"),  # 1: data goes to the guest's pages; 0: it comes from them
+        ("nseg", "i8"),
+        ("segs", "i8"),  # address of SEGMENT[nseg]: checked, private
+        ("ops", "i8"),  # address of GRANT_OP[nseg]: how each page is held
+        ("iov", "i8"),  # address of IOVEC[nseg]
+        ("n_iov", "i8"),  # neighbours are merged
+        ("nbytes", "i8"),
+        ("held", "i8"),  # 1: pages are held, release them
+        ("block", "i8"),  # the BLOCK it has, or 0
+        ("bounced", "i8"),  # bounce pages it has; their addresses are in the ops
     ],
     align=True,
 )
-"""The head of every class's request: all that the loop knows of one. Its address is the I/O's user_data."""
+"""The head of every class's request: all that the loop and the grant kernels know of one.
+
+Its address is the I/O's user_data.
+"""
 
 # user_data of completions: a REQ address, or one of these in the top bits (addresses are below 2**47).
 TAG_EVENT = 1 << 60
