@@ -276,7 +276,7 @@ def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
 
 @inline
 def queue_fallocate(u: int, fd: int, mode: int, offset: int, length: int, user_data: int) -> int:
-    """fallocate(2) with FALLOC_FL_* in `mode`; bytes. On a block device punching a hole discards or zeroes."""
+    """fallocate(2) with FALLOC_FL_* in `mode`; bytes. On a block device a hole discards or zeroes."""
     at = _next_sqe(u)
     if at == 0:
         return -_EAGAIN
