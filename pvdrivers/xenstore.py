@@ -403,7 +403,8 @@ class XenStoreClient:
                 self._events.clear()
 
     def control(self, *words: str) -> str:
-        """A CONTROL command and its parameters, such as ("quota", "set", "nodes", "500"); the answer's text."""
+        """A CONTROL command and its parameters, such as ("quota", "set", "nodes", "500"); the answer's text.
+        """
         payload = b"".join(word.encode() + b"\0" for word in words)
         return self._talk(wire.XS_CONTROL, payload, " ".join(words)).rstrip(b"\0").decode(errors="replace")
 

@@ -113,5 +113,6 @@ def join(*parts: bytes) -> bytes:
 
 
 def split(payload: bytes) -> list[bytes]:
-    """The NUL-terminated strings of a payload; bytes behind the last NUL are ignored (as get_strings() does)."""
+    """The NUL-terminated strings of a payload; bytes behind the last NUL are ignored (as get_strings() does).
+    """
     return payload.split(b"\0")[:-1]

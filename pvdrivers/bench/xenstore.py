@@ -173,8 +173,9 @@ def run(quick: bool) -> list[dict[str, Any]]:
     """One row for each case of test-xenstore and placement, or one row that says what is missing.
 
     A row: name; placement ("one CPU" for all three programs, or "free"); ours, theirs (median of the mean
-    nanoseconds of an operation); ratio (their time by ours, so more is better for us), the median of the pairs,
-    with ratio_low and ratio_high, its 95% interval; pairs, how many. A row without figures has `missing` instead.
+    nanoseconds of an operation); ratio (their time by ours, so more is better for us), the median of the
+    pairs, with ratio_low and ratio_high, its 95% interval; pairs, how many. A row without figures has
+    `missing` instead.
     """
     pairs, iterations = (5, 200) if quick else (15, 1000)
     home = os.sched_getaffinity(0)
