@@ -1,0 +1,398 @@
+"""A device's life: what the table of pvdrivers.xenbus says, done to one Device.
+
+A Life never trusts an event: each is a reason to look at what is in the store now, and to take the steps that
+follow from it. So events may come late, in bunches or for nothing. All of this runs on the control thread;
+the device's own methods run as jobs elsewhere, one at a time, and after each the store is looked at again.
+Nothing that a guest does makes a method of Life raise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from .control import Backoff, Control, TokenBucket
+from .device import BackKeys, Device, FrontKeys, NotRecoverable, Publish
+from .errors import ConfigError, DeviceBusyError, PlatformError, ProtocolViolation, StoreError
+from .nodes import Nodes, connection_lost
+from .xenbus import Action, BadState, Role, Step, XenbusState, adopt, step
+
+log = logging.getLogger("pvdrivers.device")
+
+S = XenbusState
+
+EVENTS = (32.0, 128.0)
+"""Events of a frontend that are looked at: a second, and at once. A boot with firmware takes about ten."""
+CONNECTS = (2.0, 20.0)
+"""Connections offered and made: a second, and at once. A guest that reconnects in a circle waits its turn."""
+NOTES = (0.02, 32.0)
+"""Lines in the log about a guest's ordinary comings and goings: a second, and at once."""
+QUIET_SECONDS = 1.0
+"""How long a frontend over its limit is not watched; then it is looked at, once."""
+RETRY_SECONDS = (0.25, 30.0)
+"""The first wait after a failure that may pass, and the longest."""
+_MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
+
+_COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
+_MAY_PASS = (StoreError, PlatformError, DeviceBusyError, OSError, MemoryError)
+
+
+class Life:
+    """One device, from the moment it is found in the store until it is gone from it."""
+
+    def __init__(self, device: Device, control: Control) -> None:
+        self.device = device
+        self.ident = device.ident
+        self.state = S.Unknown
+        """Our state, as it was last seen in the store or written there."""
+        self.connected = False
+        """connect() has succeeded, and the rings are in use."""
+        self.gone = False
+        """The device is no more; nothing will happen here again."""
+        self.violations = 0
+        self._nodes = Nodes(control, device.ident)
+        self._control = control
+        self._fresh = True  # nothing done yet: what is in the store is a predecessor's
+        self._before: XenbusState | None = None
+        self._busy = False  # a job is under way
+        self._looking = False
+        self._again = False
+        self._paused = False
+        self._ending: Callable[[], None] | None = None
+        self._ended = False
+        self._fault: str | None = None
+        self._bad = ""
+        self._refresh = False
+        # What failed in this pair of states is not tried again before a timer, or a change.
+        self._held: tuple[XenbusState, XenbusState] | None = None
+        self._retry = Backoff(control, self._due, *RETRY_SECONDS)
+        self._events = TokenBucket(*EVENTS, now=control.now)
+        self._connects = TokenBucket(*CONNECTS, now=control.now)
+        self._notes = TokenBucket(*NOTES, now=control.now)
+
+    @property
+    def error(self) -> str:
+        """What was reported last and is not over, "" if all is well."""
+        return self._nodes.reported
+
+    # What may happen
+
+    def handle_frontend_change(self, events: int = 1) -> None:
+        """The frontend's state node was written, `events` times."""
+        if self.gone or self._paused:
+            return
+        if not self._events.take(events):
+            self._paused = True
+            self._control.pause(self)
+            self._control.later(QUIET_SECONDS, self._unpause)
+            return
+        self.look()
+
+    def handle_backend_change(self, keys: Iterable[str] = ()) -> None:
+        """`keys` of our own directory were written, by us or by the toolstack."""
+        if self._nodes.foreign(keys):
+            # The operator changed something: what failed may work now, what works may have another size.
+            self._release()
+            self._refresh = True
+        self.look()
+
+    def refresh(self) -> None:
+        """Have the device look again at what is behind it (SIGHUP)."""
+        self._refresh = True
+        self.look()
+
+    def fault(self, violation: str) -> None:
+        """The guest did what no honest guest does: the device closes, and may connect anew."""
+        self.violations += 1
+        text = str(ProtocolViolation(self.ident.domid, str(self.ident), violation))
+        # Once in full, then ever more rarely: a guest must not be able to fill a disk with our log.
+        if self.violations & (self.violations - 1) == 0:
+            log.warning("%s%s", text, f" ({self.violations} so far)" if self.violations > 1 else "")
+        if not self.gone:
+            self._fault = text
+            self.look()
+
+    def look(self) -> None:
+        """Take the steps that follow from what is in the store now."""
+        if self._busy or self._looking or self.gone or self._ended:
+            self._again = True
+            return
+        self._looking = True
+        try:
+            self._guarded(self._steps)
+        finally:
+            self._looking = False
+
+    def hand_over(self, done: Callable[[], None]) -> None:
+        """The process ends: let go of the rings, leave the store as it is, and call `done`."""
+        if self.gone:
+            return done()
+        self._ending = done
+        self.look()
+
+    # One step
+
+    def _steps(self) -> None:
+        for _ in range(_MOST_STEPS):
+            self._again = False
+            if self._ending is not None:
+                return self._end(self._ending)
+            if not self._one_step() and not self._again:
+                return
+            if self._busy or self.gone:
+                return
+        # No honest pair of ends takes so many: let the others have their turn.
+        self._retry.again()
+
+    def _one_step(self) -> bool:
+        """Look, and do one thing. False if there was nothing to do."""
+        ours, theirs, online = self._nodes.read()
+        self.state = ours
+        if isinstance(theirs, BadState):
+            # What it means is anybody's guess, and all that follows is that the guest is at fault.
+            if online and self._bad != theirs.text:
+                self._bad = theirs.text
+                self.fault(f"frontend state is {theirs.text}")
+            theirs = S.Unknown
+        else:
+            self._bad = ""
+        if self._fault is not None:
+            return self._drop(ours, self._fault)
+        if self._bad and online:
+            return False
+        if self._held is not None and self._held != (ours, theirs):
+            self._release()
+        if self._fresh:
+            wanted = adopt(ours, theirs, online)
+        else:
+            wanted = step(Role.BACK, ours, theirs, online, before=self._before)
+        if wanted.action in _COSTLY:
+            if self._held is not None:
+                return False
+            if not self._connects.take():
+                self._held = (ours, theirs)
+                self._retry.after(QUIET_SECONDS)
+                return False
+        acted = self._perform(wanted, ours, theirs)
+        self._before = theirs
+        return acted
+
+    def _perform(self, wanted: Step, ours: XenbusState, theirs: XenbusState) -> bool:
+        action = wanted.action
+        if action is Action.NOTHING:
+            self._fresh = False
+            return self._start_refresh(ours)
+        if action is Action.REJECT:
+            self.fault(f"frontend went to {theirs.name} while the backend is in {ours.name}")
+            return True
+        if action is Action.SAY:
+            self._publish(ours, {}, wanted.state)
+            self._fresh = False
+            return True
+        if action is Action.CLOSE:
+            return self._do(self._disconnect, partial(self._closed, ours, wanted.state))
+        if action is Action.REMOVE:
+            return self._do(self._remove, partial(self._removed, ours, wanted.state))
+        self.device.params = BackKeys.read(self._control.store, self.ident)
+        job: Callable[[], Any]
+        if action is Action.RECONFIGURE:
+            job = self.device.refresh
+        elif action is Action.ADVERTISE:
+            job = self._advertise
+        else:
+            try:
+                front = FrontKeys.read(self._control.store, self.ident)
+            except ProtocolViolation as e:
+                self.fault(e.violation)
+                return True
+            job = partial(self._connect, front, action is Action.RECOVER)
+        return self._do(job, partial(self._stepped, ours, theirs, wanted))
+
+    def _drop(self, ours: XenbusState, why: str) -> bool:
+        """After a fault: let go of the rings at once, then say Closing, and wait for the frontend."""
+
+        def dropped(result: Any, error: BaseException | None) -> None:
+            self._nodes.report(why)
+            if ours not in (S.Unknown, S.Closing, S.Closed):
+                self._publish(ours, {}, S.Closing)
+            self._fresh = False
+            self._fault = None  # last: if the store fails, all this is done again
+
+        return self._do(self._disconnect, dropped)
+
+    def _start_refresh(self, ours: XenbusState) -> bool:
+        wanted, self._refresh = self._refresh and self.connected, False
+        if not wanted:
+            return False
+        self.device.params = BackKeys.read(self._control.store, self.ident)
+        return self._do(self.device.refresh, partial(self._refreshed, ours))
+
+    # Jobs: these run elsewhere, and nothing else happens to this device meanwhile
+
+    def _advertise(self) -> Publish:
+        self._disconnect()
+        return self.device.advertise()
+
+    def _connect(self, front: FrontKeys, recover: bool) -> Publish:
+        self._disconnect()
+        if recover:
+            self.device.advertise()
+        keys = self.device.connect(front, recover=recover)
+        self.connected = True
+        return keys
+
+    def _disconnect(self) -> None:
+        if self.connected:
+            self.connected = False
+            try:
+                self.device.disconnect()
+            except Exception:
+                log.exception("%s: while disconnecting", self.ident)
+
+    def _remove(self) -> None:
+        self._disconnect()
+        try:
+            self.device.removed()
+        except Exception:
+            log.exception("%s: while being removed", self.ident)
+
+    # What follows on them, on the control thread
+
+    def _do(self, job: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> bool:
+        def done(result: Any, error: BaseException | None) -> None:
+            self._busy = False
+            if self._guarded(partial(then, result, error)):
+                self.look()  # within look() this only has it go round once more
+
+        self._busy = True
+        self._control.submit(job, done)
+        return True
+
+    def _guarded(self, call: Callable[[], None]) -> bool:
+        """Calls it; False, and another try is under way, if something went wrong that is not the guest's."""
+        try:
+            call()
+            return True
+        except OSError as e:
+            if connection_lost(e):
+                self._control.store_lost()  # which has all devices looked at when it is back
+                return False
+            log.error("%s: %s", self.ident, e)
+        except Exception:
+            log.exception("%s: our own fault", self.ident)
+        self._retry.again()
+        return False
+
+    def _stepped(
+        self,
+        ours: XenbusState,
+        theirs: XenbusState,
+        wanted: Step,
+        keys: Publish | None,
+        error: BaseException | None,
+    ) -> None:
+        if error is not None:
+            return self._failed(ours, theirs, wanted, error)
+        self._release()
+        self._nodes.clear_report()
+        keys = dict(keys or {})
+        recovered = wanted.action is Action.RECOVER
+        if wanted.action is Action.ADVERTISE:
+            keys.setdefault("hotplug-status", "connected")
+        if self._publish(ours, keys, None if recovered else wanted.state):
+            self._note("taken over from a process that ended" if recovered else wanted.state.name)
+        self._fresh = False
+
+    def _failed(self, ours: XenbusState, theirs: XenbusState, wanted: Step, error: BaseException) -> None:
+        advertising = wanted.action is Action.ADVERTISE
+        if isinstance(error, ProtocolViolation):
+            return self.fault(error.violation)
+        if isinstance(error, NotRecoverable):
+            self._nodes.report(f"cannot be taken over, and reconnects: {error}")
+        elif isinstance(error, _MAY_PASS):
+            # Our state stays, so that the handshake goes on from here when the cause has passed.
+            self._nodes.report(str(error) or repr(error), hotplug=advertising)
+            self._held = (ours, theirs)
+            self._retry.again()
+            if wanted.action is Action.RECONNECT:
+                self._before = S.Connected  # or the table would see nothing left to do
+            return
+        else:
+            if not isinstance(error, ConfigError):
+                log.error("%s: our own fault in %s", self.ident, wanted.action.value, exc_info=error)
+            self._nodes.report(str(error) or repr(error), hotplug=advertising)
+        if advertising:
+            self._held = (ours, theirs)  # until the operator changes something
+        elif ours is not S.Closing:
+            self._publish(ours, {}, S.Closing)
+        self._fresh = False
+
+    def _refreshed(self, ours: XenbusState, keys: Publish | None, error: BaseException | None) -> None:
+        if error is not None:
+            self._nodes.report(f"not refreshed: {error}")
+        elif keys:
+            # The unchanged state is written again: that is how Linux tells a frontend of a new size.
+            self._publish(ours, keys, ours)
+
+    def _closed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
+        if self._publish(ours, {}, state):
+            self._note(state.name)
+        self._fresh = False
+
+    def _removed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
+        self.gone = True
+        self._release()
+        try:
+            # Only now: to the toolstack Closed means that nothing is held any more, the image included.
+            if ours not in (S.Unknown, S.Closed):
+                self._publish(ours, {}, state)
+            self._nodes.tidy()
+        except OSError as e:
+            log.warning("%s: removed, but: %s", self.ident, e)
+            if connection_lost(e):
+                self._control.store_lost()
+        log.info("%s: removed", self.ident)
+        self._control.gone(self)
+        if self._ending is not None:
+            self._ending()
+
+    def _end(self, done: Callable[[], None]) -> None:
+        def handed(result: Any, error: BaseException | None) -> None:
+            self._busy = False
+            if error is not None:
+                log.error("%s: while handing over", self.ident, exc_info=error)
+            done()
+
+        self._ended = self._busy = True
+        self.connected = False
+        self._release()
+        self._control.submit(self.device.hand_over, handed)
+
+    def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
+        if not self._nodes.publish(ours, keys, state):
+            return False
+        if state is not None:
+            self.state = state
+        return True
+
+    def _note(self, text: str) -> None:
+        if self._notes.take():
+            log.info("%s: %s", self.ident, text)
+
+    # Waiting
+
+    def _due(self) -> None:
+        self._held = None
+        self.look()
+
+    def _release(self) -> None:
+        self._held = None
+        self._retry.reset()
+
+    def _unpause(self) -> None:
+        self._paused = False
+        if not self.gone:
+            self._control.resume(self)
+            self.look()

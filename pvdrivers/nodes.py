@@ -1,0 +1,129 @@
+"""A device's nodes in the store: reading both states, publishing, and telling of errors where others look.
+
+Every method may raise OSError from the connection to the store.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterable
+
+from .control import Control
+from .device import DeviceId, Publish
+from .xenbus import BadState, XenbusState, parse_state
+
+log = logging.getLogger("pvdrivers.device")
+
+_MOST_TEXT = 1024
+_LOST = {
+    errno.ECONNRESET,
+    errno.EPIPE,
+    errno.EPROTO,
+    errno.ETIMEDOUT,
+    errno.EBADF,
+    errno.ENOTCONN,
+}
+_OWN_KEYS = {"", "state", "online", "hotplug-status", "hotplug-error"}
+
+
+def connection_lost(error: OSError) -> bool:
+    """Whether it was the connection to the store that failed, and not the one request."""
+    return error.errno in _LOST
+
+
+class Nodes:
+    """The nodes of one device."""
+
+    def __init__(self, control: Control, ident: DeviceId) -> None:
+        self.ident = ident
+        self.reported = ""
+        self._control = control
+        self._published: set[str] = set()
+        self._seen = False  # our directory was there
+
+    def read(self) -> tuple[XenbusState, XenbusState | BadState, bool]:
+        """Our state, the frontend's, and whether the device is to stay."""
+        store, ident = self._control.store, self.ident
+        raw = store.read(ident.backend_path + "/state")
+        ours = parse_state(raw)
+        if isinstance(ours, BadState):
+            self.report(f"{ident.backend_path}/state is {ours.text}, not a state")
+            ours = XenbusState.Unknown
+        theirs = parse_state(store.read(ident.frontend_path + "/state"))
+        # Linux takes a missing `online` for 0; then a device that somebody attached by hand could never
+        # reconnect.
+        online = (store.read(ident.backend_path + "/online") or b"1").strip(b" \n\0") != b"0"
+        if raw is not None:
+            self._seen = True
+        elif self._seen:
+            online = False  # our directory was removed
+        if theirs is XenbusState.Unknown and online:
+            online = self.domain_exists()
+        return ours, theirs, online
+
+    def domain_exists(self) -> bool:
+        """Whether the guest has a home in the store; the toolstack removes it last."""
+        return self._control.store.read(self.ident.domain_path) is not None
+
+    def foreign(self, keys: Iterable[str]) -> bool:
+        """Whether one of these keys of our directory is not one that we write ourselves."""
+        return bool(set(keys) - _OWN_KEYS - self._published)
+
+    def publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
+        """Write keys and then the state, in one transaction.
+
+        False, and nothing done, if our state is no longer `ours`: the toolstack may have written Closing, or
+        removed the directory, which a write would bring back.
+        """
+        store, path = self._control.store, self.ident.backend_path
+
+        def write(tx: int) -> bool:
+            if parse_state(store.read(path + "/state", tx)) is not ours:
+                return False
+            for key, value in keys.items():
+                raw = value if isinstance(value, bytes) else str(value).encode()
+                if store.read(f"{path}/{key}", tx) != raw:
+                    store.write(f"{path}/{key}", raw, tx)
+            if state is not None:
+                store.write(path + "/state", int(state), tx)
+            return True
+
+        self._published |= keys.keys()
+        return bool(store.transaction(write))
+
+    def report(self, text: str, hotplug: bool = False) -> None:
+        """Tell the operator, once for each text: in the log, where Linux does, and for a failed attach to
+        libxl."""
+        if text == self.reported:
+            return
+        self.reported = text
+        log.error("%s: %s", self.ident, text)
+        store, path = self._control.store, self.ident.backend_path
+        short = text.encode()[:_MOST_TEXT]
+        store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))
+        if hotplug and store.read(path + "/state") is not None:
+            store.write(path + "/hotplug-error", short)
+            store.write(path + "/hotplug-status", "error")
+
+    def clear_report(self) -> None:
+        """What was reported is over."""
+        if self.reported:
+            self.reported = ""
+            self._control.store.rm(self.ident.error_path.rpartition("/")[0])
+            self._control.store.rm(self.ident.backend_path + "/hotplug-error")
+
+    def tidy(self) -> None:
+        """The device is gone: if the guest is too, then nobody else will remove our directory.
+
+        While the guest is there the toolstack does it, and would be confused if it were gone before it
+        looked.
+        """
+        store, path = self._control.store, self.ident.backend_path
+        if self.domain_exists():
+            return
+        store.rm(self.ident.error_path.rpartition("/")[0])
+        store.rm(path)
+        parent = path.rpartition("/")[0]
+        if store.ls(parent) == []:
+            store.rm(parent)
