@@ -49,18 +49,19 @@ class Peer:
             else:
                 self.replies.append(message)
 
-    def send(self, data: bytes) -> None:
-        """Sends bytes as they are; the store has its turn whenever the socket is full."""
+    def send(self, data: bytes) -> bool:
+        """Sends bytes as they are; the store has its turn when the socket is full. False if it takes no more."""
         view = memoryview(data)
         while view:
             try:
                 view = view[self.sock.send(view) :]
             except BlockingIOError:
                 if not self.store.step():
-                    return
+                    return False
             except (BrokenPipeError, ConnectionResetError):
                 self.gone = True
-                return
+                return False
+        return True
 
     def ask(self, type_: int, *words: bytes, tx: int = 0) -> bytes | int:
         """The reply's payload, or the errno of an error. The last word of a WRITE goes without a NUL."""

@@ -130,16 +130,14 @@ class Connection:
         """The socket may be read or written; what the loop calls."""
         if self.closed:  # by another connection's request, in the same turn of the loop
             return
-        try:
-            if mask & _WRITE:
-                self._flush()
-            if mask & _READ and not self._receive():
-                self.close()
-                return
-            self.carry_on()
-        except Exception:  # a fault of ours, met by this client's request: the others go on
-            _log.exception("xenstore: a request of domain %d failed; connection closed", self.domain.domid)
+        if mask & _READ and not self._receive():
             self.close()
+        else:
+            self.server.busy = True
+            self.carry_on()
+            self.server.busy = False
+        if self.server.dirty:
+            self.server.flush()
 
     def _receive(self) -> bool:
         assert self._sock is not None
@@ -153,18 +151,26 @@ class Connection:
         return bool(data)
 
     def carry_on(self) -> None:
-        """Carries out the requests that have arrived, sends what is to be sent, and sees what to wait for."""
-        if self._in and not self._requests():
-            domid = self.domain.domid
-            _log.warning("xenstore: domain %d announced an oversized message; connection closed", domid)
+        """Carries out requests that have arrived, sends what is to be sent, and sees what to wait for."""
+        try:
+            if self._out:
+                self._flush()
+            # Replies that could be sent at once make room for more requests of what has been received.
+            while self._in and not self.closed:
+                left = len(self._in)
+                if not self._requests():
+                    domid = self.domain.domid
+                    _log.warning("xenstore: domain %d announced an oversized message; disconnected", domid)
+                    self.close()
+                if self._out and not self.closed:
+                    self._flush()
+                if len(self._in) == left:
+                    break
+            if not self.closed:
+                self._update()
+        except Exception:  # a fault of ours, met by this client's request: the others go on
+            _log.exception("xenstore: a request of domain %d failed; disconnected", self.domain.domid)
             self.close()
-            return
-        if self._out:
-            self._flush()
-        if self.server.dirty:
-            self.server.flush()
-        if not self.closed:
-            self._update()
 
     def _requests(self) -> bool:
         """False if the client broke the protocol."""
@@ -287,20 +293,6 @@ class Connection:
                 if cause is not self.domain:
                     self.server.wake(cause)
         self._charge(-len(data))
-
-    def flush(self) -> None:
-        """Sends what others' requests have queued here."""
-        if not self.closed and self._out and self._sock is not None:
-            self._flush()
-            if not self.closed:
-                self._update()
-
-    def resume(self) -> None:
-        """The domain need not wait any longer: requests that have arrived are carried out in the loop's next
-        turn.
-        """
-        if not self.closed:
-            self._update()
 
     def _update(self) -> None:
         """Registers for what can happen next."""

@@ -55,9 +55,7 @@ def _existing(conn: Connection, view: View, path: bytes, need: int) -> Node:
     return node
 
 
-def changed(
-    conn: Connection, view: View, path: bytes, node: Node, exact: bool, before: Perms | None = None
-) -> None:
+def changed(conn: Connection, view: View, path: bytes, node: Node, exact: bool, before: Perms | None = None) -> None:
     """Lets watches hear of a change, at once or, in a transaction, at its commit."""
     if isinstance(view, Transaction):
         view.fire_later(path, exact)

@@ -58,7 +58,5 @@ class Domain:
     def must_wait(self, quotas: Quotas) -> bool:
         """Whether no more requests of this guest are taken until somebody reads."""
         return (
-            self.outstanding >= quotas.outstanding
-            or self.caused >= quotas.outstanding
-            or self.memory >= quotas.memory
+            self.outstanding >= quotas.outstanding or self.caused >= quotas.outstanding or self.memory >= quotas.memory
         )

@@ -45,11 +45,11 @@ class XenStoreServer:
         self.nodes = Tree()
         self.watches = Watches(self.nodes)
         self.domains: dict[int, Domain] = {0: Domain(0)}
-        self.dirty: set[Connection] = set()  # others' requests have queued events there
+        self.dirty: set[Connection] = set()  # has something to do because of others
         self.doomed: list[Connection] = []  # to be closed when the request under way is done
         self._connections: set[Connection] = set()
         self._listeners: dict[Listener, bool] = {}  # and whether it is registered
-        self._flushing = False
+        self.busy = False  # a request is under way: what it leads to for others comes behind it
         self._self = Connection(self, None, self.domains[0])
         self.tree = DirectStore(self._self)
 
@@ -99,25 +99,27 @@ class XenStoreServer:
                 self._register(listener)
 
     def flush(self) -> None:
-        """Sends the events that were queued; what that makes possible or necessary is done as well."""
-        if self._flushing:
+        """Sends what requests have queued for others, and does what that makes possible or necessary."""
+        if self.busy:
             return
-        self._flushing = True
+        self.busy = True
         try:
             while self.dirty or self.doomed:
                 while self.doomed:
                     self.doomed.pop().close()
                 if self.dirty:
-                    self.dirty.pop().flush()
+                    conn = self.dirty.pop()
+                    if not conn.closed:
+                        conn.carry_on()
         finally:
-            self._flushing = False
+            self.busy = False
 
     def wake(self, domain: Domain) -> None:
         """Events that a guest caused have been read: it need not wait any longer."""
         if not domain.must_wait(self.quotas):
-            for conn in list(self._connections):
+            for conn in self._connections:
                 if conn.domain is domain:
-                    conn.resume()
+                    self.dirty.add(conn)
 
     # Domains
 

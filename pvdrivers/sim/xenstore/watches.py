@@ -90,9 +90,7 @@ class Watches:
         watch.conn.domain.watches -= 1
         watch.conn.domain.memory -= watch.charge()
 
-    def fire(
-        self, path: bytes, node: Node | None, exact: bool, before: Perms | None, cause: Domain | None
-    ) -> None:
+    def fire(self, path: bytes, node: Node | None, exact: bool, before: Perms | None, cause: Domain | None) -> None:
         """Reports a change of `path`, to the watches of that very path or of everything above it.
 
         `node` is what is there now (None: removed), `before` its permissions until now if they were others. A
