@@ -112,13 +112,9 @@ class FileStore(Store):
         unit = self.sector_size
         if self.size % unit:
             hint = "sector_size=512" if self.size % 512 == 0 else f"truncate -s %{unit} {self.path}"
-            raise StoreError(
-                f"{self.path}: {self.size} bytes is no multiple of the sector size, {unit}; use {hint}"
-            )
+            raise StoreError(f"{self.path}: {self.size} bytes is no multiple of the sector size, {unit}; use {hint}")
         if self.size > MAX_SIZE:
-            raise StoreError(
-                f"{self.path}: {self.size} bytes is more than the largest disk, {size_text(MAX_SIZE)}"
-            )
+            raise StoreError(f"{self.path}: {self.size} bytes is more than the largest disk, {size_text(MAX_SIZE)}")
 
     def _direct(self, spec: DiskSpec) -> None:
         """Is O_DIRECT, if we have it, possible for every request that a guest may make?"""
@@ -132,9 +128,7 @@ class FileStore(Store):
                 return
             if spec.direct == "yes":
                 limit = (
-                    f"it wants offsets in {offset} and addresses in {memory} bytes"
-                    if offset
-                    else "not on this file"
+                    f"it wants offsets in {offset} and addresses in {memory} bytes" if offset else "not on this file"
                 )
                 raise ConfigError(
                     f"disk {spec.uri!r}: option direct=yes: {limit}; use direct=auto"
@@ -219,30 +213,20 @@ def _refused(e: OSError, spec: DiskSpec) -> Exception:
     path = spec.path
     if e.errno == errno.ENOENT:
         hint = (
-            f"truncate -s 10G {path} makes an empty disk"
-            if os.path.isdir(os.path.dirname(path))
-            else "check the path"
+            f"truncate -s 10G {path} makes an empty disk" if os.path.isdir(os.path.dirname(path)) else "check the path"
         )
         return StoreError(f"{path}: there is no such file; {hint}")
-    if e.errno == errno.EROFS or (
-        e.errno in (errno.EACCES, errno.EPERM) and not spec.readonly and _readable(path)
-    ):
-        return StoreError(
-            f"{path}: can be read but not written ({e.strerror}); use mode=r, or change its permissions"
-        )
+    if e.errno == errno.EROFS or (e.errno in (errno.EACCES, errno.EPERM) and not spec.readonly and _readable(path)):
+        return StoreError(f"{path}: can be read but not written ({e.strerror}); use mode=r, or change its permissions")
     if e.errno in (errno.EACCES, errno.EPERM):
-        return StoreError(
-            f"{path}: {e.strerror} for user {os.geteuid()}; change its permissions or its directory's"
-        )
+        return StoreError(f"{path}: {e.strerror} for user {os.geteuid()}; change its permissions or its directory's")
     if e.errno == errno.EBUSY:
         return DeviceBusyError(
             f"{path}: in use: the kernel refuses exclusive use (O_EXCL): it is mounted, swap,"
             " part of a volume, or open in another backend; unmount it, or share it by mode=r or mode=w!"
         )
     if e.errno == errno.EINVAL and spec.direct == "yes":
-        return ConfigError(
-            f"disk {spec.uri!r}: option direct=yes: this file system has no O_DIRECT; use direct=auto"
-        )
+        return ConfigError(f"disk {spec.uri!r}: option direct=yes: this file system has no O_DIRECT; use direct=auto")
     if e.errno in (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):
         return StoreError(f"{path}: {e.strerror}; there is no device, or no medium in it")
     return StoreError(f"{path}: cannot be opened: {e.strerror}")

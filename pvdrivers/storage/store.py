@@ -19,8 +19,8 @@ from typing import Final
 from pvdrivers.errors import ConfigError, StoreError
 
 from .locks import DrainingError, Locks, Patience, Progress
+from .software_pool import address
 from .uri import DiskSpec, size_text
-from .uring_setup import address
 
 __all__ = [
     "STORE_FILE",
@@ -132,9 +132,7 @@ class MemoryStore(Store):
 
     kind = STORE_MEMORY
 
-    def __init__(
-        self, spec: DiskSpec, run_dir: Path, identity: str, recover: bool, patience: Patience
-    ) -> None:
+    def __init__(self, spec: DiskSpec, run_dir: Path, identity: str, recover: bool, patience: Patience) -> None:
         super().__init__(spec, spec.size)
         self.path = run_dir / memory_name(identity)
         self._map: mmap.mmap | None = None
@@ -142,9 +140,7 @@ class MemoryStore(Store):
             self.fd = self._open(recover, patience)
             self._map = mmap.mmap(self.fd, self.size)
         except OSError as e:
-            raise StoreError(
-                f"{self.path}: memory for {spec.uri}: {e.strerror}; is {run_dir} writable?"
-            ) from e
+            raise StoreError(f"{self.path}: memory for {spec.uri}: {e.strerror}; is {run_dir} writable?") from e
         self.address = address(self._map)
         self.can_discard = spec.discard and not spec.readonly
         # What tmpfs frees is gone: there is nothing below it.
@@ -157,16 +153,14 @@ class MemoryStore(Store):
             fd = os.open(self.path, flags if recover else flags | os.O_CREAT, 0o600)
         except FileNotFoundError:
             raise StoreError(
-                f"{self.path}: the contents of {self.spec.uri} are gone with the run directory;"
-                " attach the disk anew"
+                f"{self.path}: the contents of {self.spec.uri} are gone with the run directory; attach the disk anew"
             ) from None
         try:
             Locks(fd, str(self.path), str(self.path), mode="w").acquire(patience)
             found = os.fstat(fd).st_size
             if recover and found != self.size:
                 raise StoreError(
-                    f"{self.path}: has {found} bytes where {self.spec.uri} has {self.size};"
-                    " attach the disk anew"
+                    f"{self.path}: has {found} bytes where {self.spec.uri} has {self.size}; attach the disk anew"
                 )
             if not recover:
                 os.ftruncate(fd, 0)  # what a backend left that was not closed in order

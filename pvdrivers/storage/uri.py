@@ -170,15 +170,9 @@ def _vdev(text: str) -> str:
 
 
 OPTIONS: Final[dict[str, Option]] = {
-    "mode": Option(
-        *_choice("r", "w", "w!"), "read only; writable and ours alone; writable though others use it too"
-    ),
-    "sector_size": Option(
-        _sector_size, "512, 4096 or auto", "what the guest sees; auto: the device's own, files 512"
-    ),
-    "direct": Option(
-        *_choice("yes", "no", "auto"), "past the page cache (O_DIRECT); auto: where it is possible"
-    ),
+    "mode": Option(*_choice("r", "w", "w!"), "read only; writable and ours alone; writable though others use it too"),
+    "sector_size": Option(_sector_size, "512, 4096 or auto", "what the guest sees; auto: the device's own, files 512"),
+    "direct": Option(*_choice("yes", "no", "auto"), "past the page cache (O_DIRECT); auto: where it is possible"),
     "cache": Option(
         *_choice("writeback", "writethrough", "unsafe"),
         "the guest flushes; every write is durable; flushes are answered and not done",
@@ -186,9 +180,7 @@ OPTIONS: Final[dict[str, Option]] = {
     "removable": Option(*_switch(), "say so to the guest"),
     "cdrom": Option(*_switch(), "a CD-ROM: read only"),
     "discard": Option(*_switch(), "offer discard where the store can"),
-    "secure_discard": Option(
-        *_switch(), "offer secure discard: you vouch that what is freed below is erased"
-    ),
+    "secure_discard": Option(*_switch(), "offer secure discard: you vouch that what is freed below is erased"),
     "policy": Option(
         *_choice("map", "persistent", "copy"), "guest pages: mapped for each request, kept mapped, or copied"
     ),
@@ -291,9 +283,7 @@ def _checked(spec: DiskSpec) -> DiskSpec:
     if spec.scheme != "file":
         unit = spec.sector_size or SECTOR
         if spec.size == 0 or spec.size % unit:
-            raise ValueError(
-                f"size {spec.size}: must be a multiple of the sector size, {unit} bytes, and not zero"
-            )
+            raise ValueError(f"size {spec.size}: must be a multiple of the sector size, {unit} bytes, and not zero")
     if spec.compat_4k and spec.sector_size == SECTOR:
         raise ValueError("option compat_4k=on means nothing with sector_size=512")
     return spec
@@ -308,9 +298,7 @@ def parse_xl(params: str, mode: str = "w", device_type: str = "disk", *, options
     if device_type not in ("disk", "cdrom"):
         raise ConfigError(f"disk {params!r}: device-type {device_type!r}: must be disk or cdrom")
     # The toolstack's mode holds, whatever else is in the text; a CD-ROM is read only even if xl says w.
-    words = [
-        w for w in (params.split(",") + options.split(",")[bool(not options) :]) if not w.startswith("mode=")
-    ]
+    words = [w for w in (params.split(",") + options.split(",")[bool(not options) :]) if not w.startswith("mode=")]
     cdrom = device_type == "cdrom"
     words.append("mode=" + ("r" if cdrom else _XL_MODES[mode]))
     if cdrom and not any(w.startswith("cdrom=") for w in words):

@@ -23,6 +23,7 @@ from pvdrivers.syscalls import NR_IO_URING_ENTER, NR_IO_URING_REGISTER, syscall
 from rings.atomics import distance, load_acquire32, load_once32, records, store_release32, zero_bytes
 from rings.jit import inline, kernel
 
+from .software_ring import add_poll, collect, publish, remove_poll, wait_software
 from .uring_layout import (
     CQE,
     EPOLLET,
@@ -45,6 +46,7 @@ from .uring_layout import (
     IORING_POLL_ADD_MULTI,
     IORING_SQ_CQ_OVERFLOW,
     IORING_SQ_TASKRUN,
+    KIND_THREADS,
     SQE,
     URING,
     ring_at,
@@ -89,6 +91,8 @@ _ETIME: Final = errno.ETIME
 def enable(u: int) -> int:
     """Make the calling thread the one that submits. 0, or -errno (-EBADFD: enabled before)."""
     r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        return 0
     return int(syscall(NR_IO_URING_REGISTER, r["fd"], _REGISTER_ENABLE_RINGS, 0, 0, 0, 0))
 
 
@@ -142,6 +146,10 @@ def submit(u: int) -> int:
     later).
     """
     r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        if r["pending"] > 0:
+            publish(u)
+        return 0
     while r["pending"] > 0:
         n: int = _enter(u, 0, 0, 0, 0)
         if n < 0:
@@ -149,6 +157,16 @@ def submit(u: int) -> int:
         if n == 0:
             return -_EAGAIN
     return 0
+
+
+@kernel
+def _flush(u: int) -> int:
+    """One pass through the kernel, in both directions, without waiting."""
+    r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        submit(u)
+        return int(collect(u, 0))
+    return int(_enter(u, 0, IORING_ENTER_GETEVENTS, 0, 0))
 
 
 @inline
@@ -161,7 +179,7 @@ def reap(u: int) -> int:
     """
     r = ring_at(u)
     if r["pending"] > 0 or load_once32(r["sq_flags"]) & _NEEDS_ENTER != 0:
-        _enter(u, 0, IORING_ENTER_GETEVENTS, 0, 0)
+        _flush(u)
     return int(peek(u))
 
 
@@ -173,6 +191,10 @@ def wait(u: int, timeout_ns: int) -> int:
     have come: go back to Python, whose handlers have not run yet.
     """
     r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        submit(u)
+        status: int = wait_software(u, timeout_ns)
+        return status if status < 0 else int(peek(u))
     n: int = peek(u)
     if n > 0 and r["pending"] == 0:
         return n
@@ -299,6 +321,9 @@ def queue_poll(u: int, fd: int, user_data: int) -> int:
     A completion without IORING_CQE_F_MORE in its flags was the last (res: -ECANCELED, an error, or the
     queue was full): queue the poll again. What was already readable is reported at once.
     """
+    r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        return int(add_poll(u, fd, user_data))
     at = _next_sqe(u)
     if at == 0:
         return -_EAGAIN
@@ -317,6 +342,9 @@ def queue_poll_remove(u: int, fd: int, poll_user_data: int, user_data: int) -> i
     """End the poll of `fd` queued with `poll_user_data`: that completes with -ECANCELED, this with 0 or
     -ENOENT.
     """
+    r = ring_at(u)
+    if r["kind"] == KIND_THREADS:
+        return int(remove_poll(u, fd, poll_user_data, user_data))
     at = _next_sqe(u)
     if at == 0:
         return -_EAGAIN

@@ -83,14 +83,15 @@ URING: Final = np.dtype(
         ("nanoseconds", "i8"),
         # The software ring only.
         ("threads", "i8"),  # how many; with 0 a request is executed where it is submitted
-        ("events", "i8"),  # address of POLLS epoll_event records
+        ("events", "i8"),  # address of MAX_POLL_EVENTS epoll_event records
+        ("scratch", "i8"),  # address of room for one SQE, for threads = 0
         ("done_fd", "i8"),  # eventfd in the epoll set: there are completions
         ("work", "u4"),  # futex: counts submissions
         ("sleepers", "u4"),  # threads that sleep on `work`, or are about to
         ("cq_lock", "u4"),
         ("waiting", "u4"),  # the worker sleeps in epoll, or is about to
         ("stop", "u4"),
-        ("failed", "u4"),  # polls that could not be removed or added; kept for stats
+        ("pad", "u4"),
     ],
     align=True,
 )

@@ -13,13 +13,12 @@ import mmap
 import os
 import struct
 from types import TracebackType
-from typing import Any, Final, Literal
-
-import numpy as np
+from typing import Final, Literal
 
 from pvdrivers.errors import PlatformError
 from pvdrivers.syscalls import NR_IO_URING_REGISTER, NR_IO_URING_SETUP
 
+from .software_pool import Arena, ThreadPool, address
 from .uring_layout import KIND_IO_URING, TIMESPEC, URING
 
 _CQSIZE: Final = 1 << 3
@@ -66,11 +65,6 @@ def _syscall(nr: int, *args: int) -> int:
     return result
 
 
-def address(buffer: Any) -> int:
-    """Where a writable buffer is in memory."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
 def why_refused(e: OSError) -> str:
     """What an operator can do about an io_uring that cannot be set up."""
     if e.errno == errno.EPERM:
@@ -85,38 +79,55 @@ def why_refused(e: OSError) -> str:
 class Uring:
     """One ring of requests to the kernel, and one of completions. Give `address` to the kernels of `uring`.
 
-    `kind` is "io_uring" or "threads" (the software ring), `reason` says why it is the latter. Made by any
-    thread; the one that is to submit calls the kernel `enable` (or the method) first. Raises PlatformError
-    if it cannot be made.
+    `kind` is "io_uring", or "threads" for the software ring; then `reason` says why. Made by any thread;
+    the one that is to submit calls the kernel `enable` (or the method) first. Raises PlatformError if it
+    cannot be made.
     """
 
     def __init__(
-        self,
-        entries: int = 256,
-        cq_entries: int = 4096,
-        software: bool = False,
-        chunk: int = 4,
-        threads: int = 4,
+        self, entries: int = 256, cq_entries: int = 4096, software: bool = False, chunk: int = 4, threads: int = 4
     ) -> None:
-        self.kind: Literal["io_uring", "threads"] = "io_uring"
-        self.reason = ""
+        self.kind: Literal["io_uring", "threads"] = "threads" if software else "io_uring"
+        self.reason = "asked for" if software else ""
         self.flags = 0
-        # The record must not move and should begin a cache line.
-        self._memory = np.zeros(URING.itemsize + 64, np.uint8)
-        skip = -int(self._memory.ctypes.data) % 64
-        self._record = self._memory[skip : skip + URING.itemsize].view(URING)[0]
-        self.address = int(self._memory.ctypes.data) + skip
+        # The record must not move, and should begin a cache line.
+        self._memory = Arena(URING.itemsize)
+        self.address = self._memory.take(URING.itemsize)
+        self._record = self._memory.view(self.address, URING)
         self._record["chunk"] = chunk
         self._maps: list[mmap.mmap] = []
         self._fd = -1
+        self._pool: ThreadPool | None = None
         try:
-            self._set_up(entries, cq_entries)
+            if software:
+                self._pool = ThreadPool(self._record, self.address, entries, cq_entries, threads)
+            else:
+                self._set_up(entries, cq_entries)
         except OSError as e:
             self.close()
-            raise PlatformError(f"{why_refused(e)}; --io=threads does without") from e
+            raise PlatformError(why_refused(e)) from e
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def open(
+        cls,
+        entries: int = 256,
+        cq_entries: int = 4096,
+        software: bool | None = None,
+        chunk: int = 4,
+        threads: int = 4,
+    ) -> Uring:
+        """With `software` None: an io_uring, or the software ring where that is refused."""
+        if software is not None:
+            return cls(entries, cq_entries, software, chunk, threads)
+        try:
+            return cls(entries, cq_entries, False, chunk, threads)
+        except PlatformError as e:
+            ring = cls(entries, cq_entries, True, chunk, threads)
+            ring.reason = str(e)
+            return ring
 
     def _set_up(self, entries: int, cq_entries: int) -> None:
         for flags in _FLAG_SETS:
@@ -138,9 +149,7 @@ class Uring:
         # Of struct io_sqring_offsets and io_cqring_offsets.
         sq_head, sq_tail, sq_mask, _, sq_flags, _, sq_array = p[10:17]
         cq_head, cq_tail, cq_mask, _, _, cqes = p[19:25]
-        rings = mmap.mmap(
-            self._fd, max(sq_array + 4 * sq_entries, cqes + 16 * cq_entries), offset=_OFF_SQ_RING
-        )
+        rings = mmap.mmap(self._fd, max(sq_array + 4 * sq_entries, cqes + 16 * cq_entries), offset=_OFF_SQ_RING)
         self._maps.append(rings)
         sqes = mmap.mmap(self._fd, 64 * sq_entries, offset=_OFF_SQES)
         self._maps.append(sqes)
@@ -159,7 +168,8 @@ class Uring:
 
     def enable(self) -> None:
         """Make the calling thread the one that submits (a worker calls the kernel of this name instead)."""
-        _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_ENABLE_RINGS, 0, 0)
+        if self.kind == "io_uring":
+            _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_ENABLE_RINGS, 0, 0)
 
     @property
     def enters(self) -> int:
@@ -170,6 +180,9 @@ class Uring:
         """Take it down. Requests still under way go on in the kernel: drain first, and keep their buffers
         until then.
         """
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
         for m in self._maps:
             m.close()
         self._maps.clear()
