@@ -25,6 +25,7 @@ GNTST_bad_handle = -4
 GNTST_no_space = -7
 GNTST_permission_denied = -8
 GNTST_bad_page = -9
+GNTST_bad_copy_arg = -10
 GNTST_eagain = -12
 
 # GRANT_OP.flags
@@ -160,6 +161,9 @@ class Platform(Protocol):
     store: XenStore
     grants: GrantTable
     pages: GuestPages
+
+    def prepare(self, domid: int) -> None:
+        """Open what the JIT seam needs to map pages of `domid`; GNTST_bad_domain without it."""
 
     def open_events(self) -> EventChannel:
         """A new handle: one for each worker."""

@@ -1,0 +1,276 @@
+"""Grants at the speed of memory: pin and unpin. grant_seam.py has the batches built of them.
+
+The granting domain's table holds the version-1 entries of xen/include/public/grant_table.h. Beside it is the
+active table (wire.py, ACTIVE_*), which the granting domain cannot reach: who has a gref mapped, and how often.
+A mapper pins in this order, so that whatever it has done when it dies can be undone by its owner field alone:
+
+    active word: 0 -> owner | BUSY            nobody else may touch entry and word now
+    entry:       flags |= GTF_reading [| GTF_writing], if it lets us in
+    active word: owner | counts               release: the entry is set before the count is seen
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pvdrivers.platform import (
+    GNTST_bad_domain,
+    GNTST_bad_gntref,
+    GNTST_bad_handle,
+    GNTST_bad_page,
+    GNTST_eagain,
+    GNTST_general_error,
+    GNTST_no_space,
+    GNTST_okay,
+)
+from pvdrivers.syscalls import PROT_NONE, PROT_READ, PROT_READ_WRITE, mprotect, sched_yield
+from rings.atomics import (
+    compare_exchange32,
+    compare_exchange64,
+    fetch_and16,
+    load16,
+    load32,
+    load_acquire32,
+    load_acquire64,
+    pause,
+    records,
+    store32,
+    store_release32,
+    store_release64,
+)
+from rings.jit import inline
+
+i64: Any = np.int64  # makes small unsigned numbers safe to calculate with, compiled or not
+
+# grant_table.h
+GTF_type_mask = 3
+GTF_permit_access = 1
+GTF_readonly = 1 << 2
+GTF_reading = 1 << 3
+GTF_writing = 1 << 4
+GTF_sub_page = 1 << 8
+
+ENTRY_SIZE = 8  # grant_entry_v1: u16 flags, u16 domid, u32 frame
+PAGE_SHIFT = 12
+DOMIDS = 32768  # the domids below DOMID_FIRST_RESERVED, rounded up
+MOST_FOREIGN = 1024
+
+# The active word, see wire.py.
+_WRITER_SHIFT = 16
+_WRITER = 1 << _WRITER_SHIFT
+_COUNTS = 0xFFFF_FFFF
+_BUSY = 1 << 62
+# A holder of BUSY has some nanoseconds of work left, unless its core was taken away in the middle of it.
+_TRIES = 1_000_000
+_TRIES_BEFORE_YIELD = 256
+
+HANDLE_TAG = 0x5A
+
+FOREIGN = np.dtype(
+    [
+        ("grants", "i8"),  # the domain's grant table
+        ("active", "i8"),
+        ("entries", "i8"),  # grefs in both; 0: this record is not in use
+        ("pages", "i8"),  # size of its memory
+        ("frames", "i8"),  # u32 for each gref, ours: the frame that was pinned
+        ("rw", "i8"),  # its memory, for writable maps
+        ("ro", "i8"),  # its memory, for read-only maps
+        ("alias", "i8"),  # its memory, for copies; the same as rw unless strict
+        ("shown", "i8"),  # strict: two u32 for each frame, how often it is shown in rw and in ro
+    ],
+    align=True,
+)
+"""What a mapper knows of a granting domain: addresses in its own space."""
+FOREIGN_SIZE = FOREIGN.itemsize
+
+GRANT_CTX = np.dtype(
+    [
+        ("owner", "i8"),  # handle id << 32, as in the active word
+        ("domid", "i8"),  # the domid that entries must name
+        ("strict", "i8"),
+        ("slots", "i8"),  # u16 for each domid: 1 + index of its FOREIGN record, or 0
+        ("foreign", "i8"),  # MOST_FOREIGN records
+        ("lock", "i8"),  # strict: held while `shown` and the page protections change
+    ],
+    align=True,
+)
+
+
+@inline
+def take(at: int, owner: int) -> int:
+    """Make the active word at an address ours and BUSY. Returns its counts, or -1 if it is another handle's."""
+    for i in range(_TRIES):
+        word = load_acquire64(at)
+        if word != 0 and (word & ~(_COUNTS | _BUSY)) != owner:
+            return -1
+        if word & _BUSY == 0:
+            if compare_exchange64(at, word, word & _COUNTS | owner | _BUSY) == word:
+                return word & _COUNTS
+        pause()
+        if i % _TRIES_BEFORE_YIELD == _TRIES_BEFORE_YIELD - 1:
+            sched_yield()
+    return -1
+
+
+@inline
+def leave(at: int, owner: int, counts: int) -> None:
+    """Store new counts and end BUSY."""
+    # Pairs with load_acquire64 in take(): what was done to the entry is seen before the word is free.
+    if counts == 0:
+        store_release64(at, 0)
+    else:
+        store_release64(at, owner | counts)
+
+
+@inline
+def claim_entry(entry: int, domid: int, readonly: int) -> int:
+    """Set GTF_reading or GTF_reading|GTF_writing in an entry that lets `domid` in; GNTST_okay or general_error.
+
+    xen/common/grant_table.c, _set_status_v1: tried five times while the granting domain changes the entry.
+    """
+    for _ in range(5):
+        word = i64(load_acquire32(entry))  # pairs with store_release32 in offer(): the frame is there
+        if word & (GTF_type_mask | GTF_sub_page) != GTF_permit_access or word >> 16 != domid:
+            return GNTST_general_error
+        use = GTF_reading
+        if readonly == 0:
+            if word & GTF_readonly != 0:
+                return GNTST_general_error
+            use = GTF_reading | GTF_writing
+        if i64(compare_exchange32(entry, word, word | use)) == word:
+            return GNTST_okay
+    return GNTST_general_error
+
+
+@inline
+def pin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Take hold of the page behind a gref; its frame is then in f['frames']. GNTST_*."""
+    at = f["active"] + gref * 8
+    entry = f["grants"] + gref * ENTRY_SIZE
+    owner = ctx["owner"]
+    counts = take(at, owner)
+    if counts < 0:
+        return GNTST_eagain
+    status = GNTST_okay
+    shift = 0 if readonly != 0 else _WRITER_SHIFT
+    if (counts >> shift) & 0xFFFF == 0xFFFF:
+        status = GNTST_no_space
+    elif counts == 0 or (readonly == 0 and counts < _WRITER):
+        status = claim_entry(entry, ctx["domid"], readonly)
+        if status == GNTST_okay and counts == 0:
+            frame = i64(load32(entry + 4))
+            if frame >= f["pages"]:
+                fetch_and16(entry, 0xFFFF ^ (GTF_reading | GTF_writing))
+                status = GNTST_bad_page
+            else:
+                store32(f["frames"] + gref * 4, frame)
+    if status == GNTST_okay:
+        counts += 1 << shift
+    leave(at, owner, counts)
+    return status
+
+
+@inline
+def unpin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Let go of a page. GNTST_okay, or GNTST_bad_handle if it was not pinned in this way by us."""
+    at = f["active"] + gref * 8
+    owner = ctx["owner"]
+    counts = take(at, owner)
+    if counts < 0:
+        return GNTST_bad_handle
+    shift = 0 if readonly != 0 else _WRITER_SHIFT
+    if (counts >> shift) & 0xFFFF == 0:
+        leave(at, owner, counts)
+        return GNTST_bad_handle
+    counts -= 1 << shift
+    done = 0
+    if readonly == 0 and counts < _WRITER:
+        done |= GTF_writing
+    if counts == 0:
+        done |= GTF_reading
+    if done != 0:
+        fetch_and16(f["grants"] + gref * ENTRY_SIZE, 0xFFFF ^ done)
+    leave(at, owner, counts)
+    return GNTST_okay
+
+
+_LOCK_OFFSET = 5 * 8  # of GRANT_CTX's `lock`
+
+
+@inline
+def _lock(ctx_at: int) -> None:
+    at = ctx_at + _LOCK_OFFSET
+    while i64(compare_exchange32(at, 0, 1)) != 0:
+        pause()
+
+
+@inline
+def _unlock(ctx_at: int) -> None:
+    store_release32(ctx_at + _LOCK_OFFSET, 0)
+
+
+@inline
+def show(ctx_at: int, f, frame: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Strict mode: make a page of a window accessible. 0 or -errno."""
+    count_at = f["shown"] + frame * 8 + (4 if readonly != 0 else 0)
+    window = f["ro"] if readonly != 0 else f["rw"]
+    _lock(ctx_at)
+    result = i64(0)
+    shown = i64(load32(count_at))
+    if shown == 0:
+        result = mprotect(window + (frame << PAGE_SHIFT), 1 << PAGE_SHIFT,
+                          PROT_READ if readonly != 0 else PROT_READ_WRITE)  # fmt: skip
+    if result == 0:
+        store32(count_at, shown + 1)
+    _unlock(ctx_at)
+    return result
+
+
+@inline
+def hide(ctx_at: int, f, frame: int, readonly: int) -> None:  # type: ignore[no-untyped-def]
+    """Strict mode: the last unmap of a page takes the access away, so that a later use faults."""
+    count_at = f["shown"] + frame * 8 + (4 if readonly != 0 else 0)
+    window = f["ro"] if readonly != 0 else f["rw"]
+    _lock(ctx_at)
+    shown = i64(load32(count_at)) - 1
+    if shown == 0:
+        mprotect(window + (frame << PAGE_SHIFT), 1 << PAGE_SHIFT, PROT_NONE)
+    store32(count_at, shown)
+    _unlock(ctx_at)
+
+
+@inline
+def slot_of(ctx, domid: int) -> int:  # type: ignore[no-untyped-def]
+    """The index of a domain's FOREIGN record, -1 if it was not prepared."""
+    if domid >= DOMIDS:
+        return -1
+    return i64(load16(ctx["slots"] + domid * 2)) - 1
+
+
+@inline
+def foreign_at(ctx, slot: int) -> int:  # type: ignore[no-untyped-def]
+    """The address of a FOREIGN record."""
+    return ctx["foreign"] + slot * FOREIGN_SIZE
+
+
+@inline
+def pin_op(ctx, op, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """pin() for one GRANT_OP: fills in handle and status. Returns the slot, or -1."""
+    gref = i64(op["gref"])
+    slot = slot_of(ctx, i64(op["domid"]))
+    op["handle"] = -1
+    if slot < 0:
+        op["status"] = GNTST_bad_domain
+        return -1
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    if gref >= f["entries"]:
+        op["status"] = GNTST_bad_gntref
+        return -1
+    status = pin(ctx, f, gref, readonly)
+    op["status"] = status
+    if status != GNTST_okay:
+        return -1
+    op["handle"] = (HANDLE_TAG << 48) | (slot << 33) | (readonly << 32) | gref
+    return slot

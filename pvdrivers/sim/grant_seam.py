@@ -1,0 +1,228 @@
+"""The seam functions of grants: batches for the mapper, one grant at a time for the granter.
+
+Signature and meaning are those of SEAM in pvdrivers/platform.py. Contexts are addresses of GRANT_CTX, for the
+mapper, and of OFFER_CTX.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pvdrivers.platform import (
+    GRANT_OP,
+    OP_READONLY,
+    OP_TO_GUEST,
+    PAGE_SIZE,
+    GNTST_bad_copy_arg,
+    GNTST_bad_handle,
+    GNTST_no_space,
+    GNTST_okay,
+)
+from rings.atomics import (
+    compare_exchange16,
+    copy_bytes,
+    load32,
+    load_once16,
+    records,
+    store32,
+    store_release32,
+)
+from rings.jit import inline, seam_function
+
+from .grant_kernels import (
+    ENTRY_SIZE,
+    FOREIGN,
+    GRANT_CTX,
+    HANDLE_TAG,
+    MOST_FOREIGN,
+    PAGE_SHIFT,
+    GTF_permit_access,
+    GTF_reading,
+    GTF_readonly,
+    GTF_writing,
+    foreign_at,
+    hide,
+    pin_op,
+    show,
+    unpin,
+)
+
+OP_SIZE = GRANT_OP.itemsize
+_EBUSY, _EINVAL = 16, 22
+
+OFFER_CTX = np.dtype(
+    [
+        ("grants", "i8"),  # our own grant table
+        ("entries", "i8"),
+        ("pages", "i8"),  # size of our memory
+    ],
+    align=True,
+)
+"""What a granter knows of itself."""
+
+
+@inline
+def map_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
+    """Pin a page and say where it is; in strict mode it becomes accessible there."""
+    op["address"] = 0
+    readonly = np.int64(op["flags"]) & OP_READONLY
+    slot = pin_op(ctx, op, readonly)
+    if slot < 0:
+        return
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    gref = np.int64(op["gref"])
+    frame = np.int64(load32(f["frames"] + gref * 4))
+    if ctx["strict"] != 0:
+        if show(ctx_at, f, frame, readonly) < 0:
+            unpin(ctx, f, gref, readonly)
+            op["handle"] = -1
+            op["status"] = GNTST_no_space
+            return
+    window = f["ro"] if readonly != 0 else f["rw"]
+    op["address"] = window + (frame << PAGE_SHIFT)
+
+
+@inline
+def unmap_handle(ctx_at: int, ctx, handle: int, windows: int) -> int:  # type: ignore[no-untyped-def]
+    """Undo a map (`windows` 1) or a pin (0). Returns GNTST_*."""
+    slot = (handle >> 33) & 0x7FFF
+    gref = handle & 0xFFFF_FFFF
+    readonly = (handle >> 32) & 1
+    if handle >> 48 != HANDLE_TAG or slot >= MOST_FOREIGN:
+        return GNTST_bad_handle
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    if gref >= f["entries"]:
+        return GNTST_bad_handle
+    frame = np.int64(load32(f["frames"] + gref * 4))
+    status = unpin(ctx, f, gref, readonly)
+    if status == GNTST_okay and windows != 0 and ctx["strict"] != 0:
+        hide(ctx_at, f, frame, readonly)
+    return status
+
+
+@inline
+def copy_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
+    """Pin, copy, unpin. A copy out of the page needs no permission to write."""
+    offset = np.int64(op["offset"])
+    length = np.int64(op["length"])
+    to_guest = np.int64(op["flags"]) & OP_TO_GUEST
+    if offset + length > PAGE_SIZE:
+        op["status"] = GNTST_bad_copy_arg
+        return
+    slot = pin_op(ctx, op, 0 if to_guest != 0 else 1)
+    if slot < 0:
+        return
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    frame = np.int64(load32(f["frames"] + np.int64(op["gref"]) * 4))
+    granted = f["alias"] + (frame << PAGE_SHIFT) + offset
+    if to_guest != 0:
+        copy_bytes(granted, op["address"], length)
+    else:
+        copy_bytes(op["address"], granted, length)
+    op["status"] = unmap_handle(ctx_at, ctx, op["handle"], 0)
+
+
+@seam_function
+def grant_map(ctx_at: int, ops: int, n: int, c: int) -> int:
+    """SEAM.grant_map: -> how many failed."""
+    ctx = records(ctx_at, 1, GRANT_CTX)[0]
+    failed = 0
+    for i in range(n):
+        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+        map_one(ctx_at, ctx, op)
+        if op["status"] != GNTST_okay:
+            failed += 1
+    return failed
+
+
+@seam_function
+def grant_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
+    """SEAM.grant_unmap: -> how many failed. The handle becomes -1, so that a second time is an error."""
+    ctx = records(ctx_at, 1, GRANT_CTX)[0]
+    failed = 0
+    for i in range(n):
+        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+        status = unmap_handle(ctx_at, ctx, op["handle"], 1)
+        op["status"] = status
+        op["handle"] = -1
+        if status != GNTST_okay:
+            failed += 1
+    return failed
+
+
+@seam_function
+def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
+    """SEAM.grant_copy: -> how many failed."""
+    ctx = records(ctx_at, 1, GRANT_CTX)[0]
+    failed = 0
+    for i in range(n):
+        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+        copy_one(ctx_at, ctx, op)
+        if op["status"] != GNTST_okay:
+            failed += 1
+    return failed
+
+
+@seam_function
+def grant_pin(ctx_at: int, ops: int, n: int, c: int) -> int:
+    """Pin without a window: `address` becomes the frame. For the Python seam, which maps side by side."""
+    ctx = records(ctx_at, 1, GRANT_CTX)[0]
+    failed = 0
+    for i in range(n):
+        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+        slot = pin_op(ctx, op, np.int64(op["flags"]) & OP_READONLY)
+        if slot < 0:
+            failed += 1
+        else:
+            f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+            op["address"] = np.int64(load32(f["frames"] + np.int64(op["gref"]) * 4))
+    return failed
+
+
+@seam_function
+def grant_unpin(ctx_at: int, ops: int, n: int, c: int) -> int:
+    """Undo grant_pin: -> how many failed."""
+    ctx = records(ctx_at, 1, GRANT_CTX)[0]
+    failed = 0
+    for i in range(n):
+        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+        status = unmap_handle(ctx_at, ctx, op["handle"], 0)
+        op["status"] = status
+        op["handle"] = -1
+        if status != GNTST_okay:
+            failed += 1
+    return failed
+
+
+@seam_function
+def offer_grant(ctx_at: int, gref: int, frame: int, to: int) -> int:
+    """SEAM.offer_grant: `to` is domid | readonly << 16. 0, -EINVAL, or -EBUSY while the entry is mapped."""
+    ctx = records(ctx_at, 1, OFFER_CTX)[0]
+    if gref < 0 or gref >= ctx["entries"] or frame < 0 or frame >= ctx["pages"]:
+        return -_EINVAL
+    entry = ctx["grants"] + gref * ENTRY_SIZE
+    if np.int64(load_once16(entry)) & (GTF_reading | GTF_writing) != 0:
+        return -_EBUSY
+    flags = GTF_permit_access
+    if (to >> 16) & 1 != 0:
+        flags |= GTF_readonly
+    store32(entry + 4, frame)
+    # Pairs with load_acquire32 in claim_entry(): who sees the flags sees the frame.
+    store_release32(entry, flags | (to & 0xFFFF) << 16)
+    return 0
+
+
+@seam_function
+def offer_end(ctx_at: int, gref: int, b: int, c: int) -> int:
+    """SEAM.offer_end: 0, or -EBUSY while it is mapped. Linux, gnttab_end_foreign_access_ref_v1."""
+    ctx = records(ctx_at, 1, OFFER_CTX)[0]
+    if gref < 0 or gref >= ctx["entries"]:
+        return -_EINVAL
+    entry = ctx["grants"] + gref * ENTRY_SIZE
+    for _ in range(1000):
+        flags = np.int64(load_once16(entry))
+        if flags & (GTF_reading | GTF_writing) != 0:
+            return -_EBUSY
+        if np.int64(compare_exchange16(entry, flags, 0)) == flags:
+            return 0
+    return -_EBUSY
