@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from importlib import metadata
-from typing import cast
 
 from .device import Device
 from .errors import ConfigError
@@ -51,8 +50,8 @@ def load_all(names: Iterable[str] | None = None) -> dict[str, type[Device]]:
 
 def warm(names: Iterable[str] | None = None) -> None:
     """Import and compile all that the classes need, so that no guest ever waits for a compiler."""
-    for found in load_all(names).values():
-        module = importlib.import_module(found.__module__)
-        compile_all = getattr(module, "warm", None)
+    modules = {found.__module__ for found in load_all(names).values()}
+    for module in ("pvdrivers.worker.control", *sorted(modules)):
+        compile_all = getattr(importlib.import_module(module), "warm", None)
         if compile_all is not None:
-            cast("type[object]", compile_all)()
+            compile_all()

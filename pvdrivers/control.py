@@ -142,14 +142,12 @@ class Timers:
         return max(0.0, self._heap[0][0] - self._now()) if self._heap else None
 
     def run_due(self) -> None:
-        """Call what is due; not what that adds, or nothing else would get its turn."""
-        due = []
+        """Call what is due now; not what that adds, or nothing else would get its turn."""
         now = self._now()
         while self._heap and self._heap[0][0] <= now:
-            due.append(heapq.heappop(self._heap)[2])
-        for entry in due:
-            if entry.call is not None:
-                entry.call()
+            call = heapq.heappop(self._heap)[2].call
+            if call is not None:
+                call()
 
 
 class Jobs:

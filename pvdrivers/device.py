@@ -261,7 +261,10 @@ class Workers(Protocol):
     def stop(self) -> None: ...
 
     def alerts(self) -> Sequence[tuple[Any, str]]:
-        """Takes what there is: the device that was given at attach, and the violation its guest committed."""
+        """Takes what there is: the Device given at attach, and its guest's violation; quiets `alert_fd`.
+
+        Raises PlatformError if a worker has ended.
+        """
 
 
 @dataclass
@@ -296,7 +299,8 @@ class Device(ABC):
     def advertise(self) -> Publish:
         """Open what is behind the device; what to publish with InitWait (one transaction, the state last).
 
-        Called again after a disconnect(), and before connect(recover=True), where nothing is published of it.
+        Called again after a disconnect() and after an error, and before connect(recover=True), where nothing
+        of it is published.
         """
 
     @abstractmethod
@@ -322,11 +326,17 @@ class Device(ABC):
         return None
 
     def hand_over(self) -> None:
-        """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs."""
+        """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs.
+
+        Called once, last, connected or not.
+        """
         self.disconnect()
 
     def removed(self) -> None:  # noqa: B027 - most classes have nothing to do here
-        """The device is gone for good, after disconnect(): close and delete what is left."""
+        """The device is gone for good, after disconnect(): close and delete what is left.
+
+        To the toolstack all is released after this, so that another guest may have the image.
+        """
 
     def stats(self) -> dict[str, Any]:
         """Counters for `pvdrivers stats`."""
