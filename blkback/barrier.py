@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from errno import EIO
 
-import numpy as np
-
 from pvdrivers.syscalls import eventfd_add
 from pvdrivers.worker.marks import complete, mark_ready, ring_at, worker_at
 from pvdrivers.worker.records import HOLD_ACK_AT, RING_ACTIVE
-from rings.atomics import compare_exchange64, load_acquire64, store_release64
+from rings.atomics import compare_exchange64, i64, load_acquire64, store_release64
 from rings.jit import inline, kernel
 
 from .disk import start
@@ -107,7 +105,7 @@ def release_hold(ra: int, da: int) -> None:
     ring = ring_at(ra)
     ring["barrier"] = 0
     if held_by(da) == ra:
-        store_release64(da + HOLD_BY_AT, np.int64(0))
+        store_release64(da + HOLD_BY_AT, i64(0))
     mark_ready(ring["worker"], ra)
     _wake_others(ra, da)
 

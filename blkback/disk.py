@@ -12,8 +12,6 @@ from __future__ import annotations
 from errno import EAGAIN, EINTR, EIO
 from typing import Any
 
-import numpy as np
-
 from pvdrivers.storage.constants import STORE_FILE, STORE_MEMORY
 from pvdrivers.storage.uring import (
     IORING_OP_READ,
@@ -24,9 +22,10 @@ from pvdrivers.storage.uring import (
     queue_fsync,
     queue_rw,
 )
+from pvdrivers.storage.uring_layout import ring_at as uring_at
 from pvdrivers.worker.marks import complete, req_at, worker_at
 from pvdrivers.worker.records import IOVEC, ZERO_BYTES
-from rings.atomics import copy_bytes, records, zero_bytes
+from rings.atomics import copy_bytes, i64, records, zero_bytes
 from rings.jit import inline, kernel
 
 from .records import K_BARRIER, K_DISCARD, K_FLUSH, K_READ, K_SECURE, blk_at, disk_at
@@ -44,6 +43,12 @@ S_DISCARD = 4
 
 DONE = 1
 UNDER_WAY = 0
+
+
+@inline
+def set_chunk(u: int, chunk: int) -> None:
+    """How many SQEs are handed over at once from here on."""
+    uring_at(u)["chunk"] = chunk
 
 
 @inline
@@ -218,5 +223,5 @@ def advance(wa: int, qa: int, da: int) -> int:
     elif stage == S_FLUSH_AFTER and blk["kind"] == K_SECURE:
         _start_discard(wa, qa, da)
         return UNDER_WAY
-    req["res"] = np.int64(0)
+    req["res"] = i64(0)
     return DONE

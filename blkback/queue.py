@@ -17,6 +17,7 @@ from pvdrivers.worker.grants import (
     copy_segments,
     op_at,
     pop_block,
+    purge_cache,
     release,
 )
 from pvdrivers.worker.histogram import bucket_of
@@ -57,7 +58,7 @@ from pvdrivers.worker.records import (
     RING_DEAD,
     V_OVERFLOW,
 )
-from rings.atomics import call, copy_in, records
+from rings.atomics import call, copy_in, i64, records
 from rings.blkif import (
     ABI_64,
     ENTRY_SIZE_32,
@@ -75,7 +76,7 @@ from rings.ring import CORRUPT, RING_END, advance_prod, available, push, slot
 from rings.ring import advance as advance_cons
 
 from .barrier import abandon, drive, held_by, release_hold, tell_holder
-from .disk import DONE, advance, start
+from .disk import DONE, advance, set_chunk, start
 from .records import IOV_AT, K_BARRIER, K_READ, K_REJECT, OPS_AT, SEGS_AT, blk_at, disk_at
 from .request import check_segments, plan
 
@@ -101,12 +102,12 @@ def _prepare(wa: int, ra: int, qa: int, index: int, payload: int) -> bool:
     """Reserve what the request needs; False if it has to stay on the ring for now."""
     ring = ring_at(ra)
     op = records(payload, 1, INDIRECT_64)[0]
-    indirect = np.int64(op["operation"]) == OP_INDIRECT
+    indirect = i64(op["operation"]) == OP_INDIRECT
     # As offered, whatever the request says: `plan` rejects more.
-    pages = min(np.int64(op["nr_segments"]), disk_at(ring["device"])["max_segments"]) if indirect else np.int64(11)
+    pages = min(i64(op["nr_segments"]), disk_at(ring["device"])["max_segments"]) if indirect else i64(11)
     if ring["policy"] == POLICY_COPY and not can_bounce(wa, pages):
         return False
-    block = np.int64(0)
+    block = i64(0)
     if indirect:
         block = pop_block(wa)
         if block == 0:
@@ -142,7 +143,7 @@ def _take_replays(wa: int, ra: int, budget: int) -> int:
     w = worker_at(wa)
     ring = ring_at(ra)
     reqs = records(w["pass_reqs"], w["budget"], _I8)
-    n = np.int64(0)
+    n = i64(0)
     while n < budget and ring["replay_head"] != 0:
         qa = ring["replay_head"]
         req = req_at(qa)
@@ -180,7 +181,7 @@ def _take(wa: int, ra: int, budget: int) -> int:
     e = records(ring["end"], 1, RING_END)[0]
     cons = e["cons"]
     reqs = records(w["pass_reqs"], w["budget"], _I8)
-    taken = np.int64(0)
+    taken = i64(0)
     while taken < n and ring["free_n"] > 0:
         index = pop_free(ring)
         record = record_of(ring, index)
@@ -214,7 +215,7 @@ def _fetch_indirect(wa: int, ra: int, n: int) -> None:
     ring = ring_at(ra)
     seam = records(w["seam"], 1, SEAM)[0]
     reqs = records(w["pass_reqs"], n, _I8)
-    ops = np.int64(0)
+    ops = i64(0)
     for i in range(n):
         blk = blk_at(reqs[i])
         if blk["kind"] == K_REJECT or blk["indirect"] == 0:
@@ -222,7 +223,7 @@ def _fetch_indirect(wa: int, ra: int, n: int) -> None:
         req = req_at(reqs[i])
         grefs = records(record_of(ring, req["index"]) + PAYLOAD_AT + _GREFS_AT, 8, _GREF)
         left = blk["indirect"] * 8
-        page = np.int64(0)
+        page = i64(0)
         while left > 0:
             op = op_at(w["ops"], ops)
             op["address"] = req["block"] + page * _PAGE
@@ -235,16 +236,16 @@ def _fetch_indirect(wa: int, ra: int, n: int) -> None:
         return
     call(seam["grant_copy"], seam["grant_ctx"], w["ops"], ops, 0)
     stats_at(ring["stats"])["grants_copied"] += ops
-    at = np.int64(0)
+    at = i64(0)
     for i in range(n):
         blk = blk_at(reqs[i])
         if blk["kind"] == K_REJECT or blk["indirect"] == 0:
             continue
         pages = (blk["indirect"] * 8 + _PAGE - 1) // _PAGE
-        failed = np.int64(0)
+        failed = i64(0)
         for k in range(pages):
             if op_at(w["ops"], at + k)["status"] != 0:
-                failed = np.int64(op_at(w["ops"], at + k)["status"])
+                failed = i64(op_at(w["ops"], at + k)["status"])
         at += pages
         req = req_at(reqs[i])
         if failed != 0:
@@ -278,6 +279,7 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if abandoned != 0:
         abandon(ra, da)
         return 0
+    purge_cache(wa, ra)
     if ring["waiting"] != 0:
         drive(wa, ra, da)
         return 0
@@ -293,6 +295,7 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if n == 0:
         return 0
     w = worker_at(wa)
+    set_chunk(w["uring"], disk_at(da)["chunk"])
     reqs = records(w["pass_reqs"], n, _I8)
     _fetch_indirect(wa, ra, n)
     for i in range(n):
@@ -315,12 +318,12 @@ def _outcome(qa: int) -> int:
     blk = blk_at(qa)
     req = req_at(qa)
     if blk["kind"] == K_REJECT:
-        return np.int64(blk["status"])
+        return i64(blk["status"])
     if req["failed"] != 0:
-        return np.int64(RSP_ERROR)
+        return i64(RSP_ERROR)
     if req["res"] == -EOPNOTSUPP:
-        return np.int64(RSP_EOPNOTSUPP)
-    return np.int64(RSP_OKAY) if req["res"] >= 0 else np.int64(RSP_ERROR)
+        return i64(RSP_EOPNOTSUPP)
+    return i64(RSP_OKAY) if req["res"] >= 0 else i64(RSP_ERROR)
 
 
 @inline
@@ -344,7 +347,7 @@ def _count(ra: int, qa: int, status: int, now: int) -> None:
 @inline
 def _reversed_list(first: int) -> int:
     """Tests: the same requests, last first."""
-    out = np.int64(0)
+    out = i64(0)
     while first != 0:
         req = req_at(first)
         following = req["next"]
@@ -359,8 +362,8 @@ def _gather(wa: int, ra: int) -> int:
     """Of what the store gave back, the requests that are done, with their pages let go of; linked by REQ.next."""
     ring = ring_at(ra)
     da = ring["device"]
-    head = np.int64(0)
-    tail = np.int64(0)
+    head = i64(0)
+    tail = i64(0)
     qa = take_done(ra)
     while qa != 0:
         req = req_at(qa)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.worker.records import INLINE_SEGMENTS, IOVEC, REQ, SEGMENT
+from pvdrivers.worker.records import INLINE_SEGMENTS, IOVEC, POLICIES, POLICY_MAP, POLICY_PERSISTENT, REQ, SEGMENT
 from rings.atomics import records
 from rings.jit import inline
 
@@ -33,6 +33,7 @@ DISK = np.dtype(
         ("fd", "i8"),
         ("memory", "i8"),  # address of a memory: store
         ("skip_flush", "i8"),  # cache=unsafe: a flush is answered at once
+        ("chunk", "i8"),  # what suits the store best, see storage.uring
         ("abi", "i8"),  # rings.blkif.ABI_*
         # What spans the queues: a hold. Its owner alone may take requests.
         ("hold_by", "i8"),  # address of the RING that holds, or 0
@@ -80,3 +81,9 @@ def disk_at(da: int) -> Any:
 def blk_at(qa: int) -> Any:
     """The BLK_REQ at an address; its head is a REQ."""
     return records(qa, 1, BLK_REQ)[0]
+
+
+def disk_policy(asked: str, front_persistent: bool) -> int:
+    """POLICY_*: the operator's choice; persistent only with a frontend that keeps its grants, too."""
+    policy = POLICIES[asked]
+    return POLICY_MAP if policy == POLICY_PERSISTENT and not front_persistent else policy

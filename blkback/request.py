@@ -17,10 +17,8 @@ dispatch_discard_io) where implementations differ:
 
 from __future__ import annotations
 
-import numpy as np
-
 from pvdrivers.worker.records import SEGMENT
-from rings.atomics import records
+from rings.atomics import i64, records
 from rings.blkif import (
     DISCARD_64,
     DISCARD_SECURE,
@@ -80,9 +78,9 @@ def _kind_of(operation: int) -> int:
 @inline
 def _scaled(value: int, shift: int) -> int:
     """Units of the frontend as 512-byte units; -1 for what is absurd in either."""
-    value = np.int64(value)
-    if value < 0 or value > (np.int64(1) << (62 - shift)):
-        return np.int64(-1)
+    value = i64(value)
+    if value < 0 or value > (i64(1) << (62 - shift)):
+        return i64(-1)
     return value << shift
 
 
@@ -96,11 +94,11 @@ def check_segments(qa: int, da: int, wire: int, nseg: int, segs: int) -> int:
     disk = disk_at(da)
     shift = disk["unit_shift"]
     last_unit = (SECTORS_PER_PAGE >> shift) - 1
-    total = np.int64(0)
-    misaligned = np.int64(0)
+    total = i64(0)
+    misaligned = i64(0)
     for k in range(nseg):
         seg = records(wire + k * _SEGMENT_SIZE, 1, WIRE_SEGMENT)[0]
-        gref, first, last = np.int64(seg["gref"]), np.int64(seg["first_sect"]), np.int64(seg["last_sect"])
+        gref, first, last = i64(seg["gref"]), i64(seg["first_sect"]), i64(seg["last_sect"])
         if last > last_unit or first > last:  # or we would read beyond the guest's page
             _reject(qa, RSP_ERROR)
             return -1
@@ -128,8 +126,8 @@ def _plan_discard(request: int, qa: int, da: int) -> None:
     disk = disk_at(da)
     d = records(request, 1, DISCARD_64)[0]
     blk["operation"] = OP_DISCARD
-    blk["sector"] = _scaled(np.int64(d["sector_number"]), disk["unit_shift"])
-    blk["nr_sectors"] = _scaled(np.int64(d["nr_sectors"]), disk["unit_shift"])
+    blk["sector"] = _scaled(i64(d["sector_number"]), disk["unit_shift"])
+    blk["nr_sectors"] = _scaled(i64(d["nr_sectors"]), disk["unit_shift"])
     if disk["can_discard"] == 0:
         _reject(qa, RSP_EOPNOTSUPP)
     elif (
@@ -138,7 +136,7 @@ def _plan_discard(request: int, qa: int, da: int) -> None:
         or ((blk["sector"] | blk["nr_sectors"]) & disk["sector_mask"]) != 0
     ):
         _reject(qa, RSP_ERROR)
-    elif disk["can_secure"] != 0 and np.int64(d["flag"]) & DISCARD_SECURE != 0:
+    elif disk["can_secure"] != 0 and i64(d["flag"]) & DISCARD_SECURE != 0:
         blk["kind"] = K_SECURE
     else:
         blk["kind"] = K_DISCARD
@@ -150,10 +148,10 @@ def _plan_indirect(request: int, qa: int, da: int) -> int:
     blk = blk_at(qa)
     disk = disk_at(da)
     r = records(request, 1, INDIRECT_64)[0]
-    inner = np.int64(r["indirect_op"])
-    nseg = np.int64(r["nr_segments"])
+    inner = i64(r["indirect_op"])
+    nseg = i64(r["nr_segments"])
     blk["operation"] = inner
-    blk["sector"] = _scaled(np.int64(r["sector_number"]), disk["unit_shift"])
+    blk["sector"] = _scaled(i64(r["sector_number"]), disk["unit_shift"])
     if disk["max_segments"] == 0:
         _reject(qa, RSP_EOPNOTSUPP)
     elif (
@@ -180,8 +178,8 @@ def plan(request: int, qa: int, da: int, segs: int) -> int:
     blk = blk_at(qa)
     disk = disk_at(da)
     r = records(request, 1, REQUEST_64)[0]
-    operation = np.int64(r["operation"])
-    blk["id"] = np.int64(r["id"])
+    operation = i64(r["operation"])
+    blk["id"] = i64(r["id"])
     blk["operation"] = operation
     blk["status"] = RSP_OKAY
     blk["nr_sectors"] = 0
@@ -192,7 +190,7 @@ def plan(request: int, qa: int, da: int, segs: int) -> int:
     if operation == OP_INDIRECT:
         return _plan_indirect(request, qa, da)
     kind = _kind_of(operation)
-    nseg = np.int64(r["nr_segments"])
+    nseg = i64(r["nr_segments"])
     if (
         kind == K_REJECT
         or (kind == K_FLUSH and disk["can_flush"] == 0)
@@ -210,7 +208,7 @@ def plan(request: int, qa: int, da: int, segs: int) -> int:
     if nseg == 0:
         blk["sector"] = 0  # a bare flush or barrier may carry anything there: Linux sends 0, Windows does not
         return 0
-    blk["sector"] = _scaled(np.int64(r["sector_number"]), disk["unit_shift"])
+    blk["sector"] = _scaled(i64(r["sector_number"]), disk["unit_shift"])
     n = check_segments(qa, da, request + _SEG_AT, nseg, segs)
     return n if n > 0 else 0
 

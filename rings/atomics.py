@@ -279,6 +279,10 @@ fetch_or32, fetch_or64 = _rmw("or", 32), _rmw("or", 64)
 fetch_and16, fetch_and32, fetch_and64 = _rmw("and", 16), _rmw("and", 32), _rmw("and", 64)
 
 
+i64: Any = np.int64
+"""A number from a record's field as the int64 that kernels count in; unsigned fields would turn sums unsigned."""
+
+
 @inline
 def copy_bytes(dst: int, src: int, n: int) -> None:
     """memcpy. Slice assignment in a kernel is five to thirty times slower."""

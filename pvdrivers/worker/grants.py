@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.platform import GRANT_OP, OP_READONLY, OP_TO_GUEST, SEAM
-from rings.atomics import call, copy_bytes, records
+from rings.atomics import call, copy_bytes, i64, records
 from rings.jit import inline, kernel
 
 from .marks import mark_ready, req_at, ring_address, ring_at, stats_at, worker_at
@@ -56,7 +56,7 @@ def pop_block(wa: int) -> int:
     if w["blocks_n"] == 0:
         return 0
     w["blocks_n"] -= 1
-    return np.int64(records(w["blocks_free"], w["blocks_n"] + 1, _I8)[w["blocks_n"]])
+    return i64(records(w["blocks_free"], w["blocks_n"] + 1, _I8)[w["blocks_n"]])
 
 
 @inline
@@ -71,7 +71,7 @@ def push_block(wa: int, block: int) -> None:
 def _pop_bounce(wa: int) -> int:
     w = worker_at(wa)
     w["bounce_n"] -= 1
-    return w["bounce"] + np.int64(records(w["bounce_free"], w["bounce_n"] + 1, _I4)[w["bounce_n"]]) * 4096
+    return w["bounce"] + i64(records(w["bounce_free"], w["bounce_n"] + 1, _I4)[w["bounce_n"]]) * 4096
 
 
 @inline
@@ -93,12 +93,16 @@ def wake_starved(wa: int) -> None:
             mark_ready(wa, ra)
 
 
-@kernel
-def _unmap_handle(wa: int, handle: int) -> None:
-    """Unmap one page outside of a batch: the ops array is in use, so with an op at its very end."""
+@inline
+def _spare_op(wa: int) -> int:
+    """The op behind the batch, for one page outside of it: the batch itself may be in use."""
     w = worker_at(wa)
+    return w["ops"] + w["max_ops"] * _OP_SIZE
+
+
+@kernel
+def _unmap_handle(wa: int, handle: int, at: int) -> None:
     seam = _seam(wa)
-    at = w["ops"] + w["max_ops"] * _OP_SIZE
     op_at(at, 0)["handle"] = handle
     call(seam["grant_unmap"], seam["grant_ctx"], at, 1, 0)
 
@@ -111,7 +115,7 @@ def _map_batch(wa: int, first: int, last: int, n: int) -> None:
     if n > 0:
         call(seam["grant_map"], seam["grant_ctx"], w["ops"], n, 0)
     reqs = records(w["pass_reqs"], last, _I8)
-    at = np.int64(0)
+    at = i64(0)
     for i in range(first, last):
         req = req_at(reqs[i])
         ra = req["ring"]
@@ -125,7 +129,7 @@ def _map_batch(wa: int, first: int, last: int, n: int) -> None:
                 continue
             copy_bytes(req["ops"] + k * _OP_SIZE, w["ops"] + at * _OP_SIZE, _OP_SIZE)
             at += 1
-            status = np.int64(mine["status"])
+            status = i64(mine["status"])
             if status != 0:
                 mine["handle"] = _NO_HANDLE
                 req["failed"] = status
@@ -143,16 +147,16 @@ def _keep(wa: int, ra: int, op: Any) -> None:
     ring = ring_at(ra)
     ca = ring["cache"]
     if cache_at(ca)["free"] < 0:
-        old = evict(ca, np.int64(0x7FFFFFFFFFFFFFFF))
+        old = evict(ca, i64(0x7FFFFFFFFFFFFFFF))
         if old < 0:
             return
-        _unmap_handle(wa, old)
+        _unmap_handle(wa, old, _spare_op(wa))
     # The same gref twice in one pass was missed twice: the second stays the request's own.
-    entry = lookup(ca, np.int64(op["gref"]), w["now"])
+    entry = lookup(ca, i64(op["gref"]), w["now"])
     if entry >= 0:
         put_back(ca, entry)
         return
-    entry = insert(ca, np.int64(op["gref"]), op["address"], op["handle"], w["now"])
+    entry = insert(ca, i64(op["gref"]), op["address"], op["handle"], w["now"])
     if entry >= 0:
         op["handle"] = entry
         op["flags"] |= HELD_PERSISTENT
@@ -164,8 +168,8 @@ def _acquire_map(wa: int, n: int) -> None:
     """Map what pass_reqs[:n] need and the caches do not have, in as few calls as fit."""
     w = worker_at(wa)
     reqs = records(w["pass_reqs"], n, _I8)
-    first = np.int64(0)
-    count = np.int64(0)
+    first = i64(0)
+    count = i64(0)
     for i in range(n):
         req = req_at(reqs[i])
         if req["nseg"] == 0:
@@ -173,12 +177,12 @@ def _acquire_map(wa: int, n: int) -> None:
         ring = ring_at(req["ring"])
         if count + req["nseg"] > w["max_ops"]:
             _map_batch(wa, first, i, count)
-            first, count = np.int64(i), np.int64(0)
+            first, count = i64(i), i64(0)
         req["held"] = 1
         persistent = ring["policy"] == POLICY_PERSISTENT
         flags = 0 if persistent or req["to_guest"] != 0 else OP_READONLY
         for k in range(req["nseg"]):
-            gref = np.int64(segment_at(req["segs"], k)["gref"])
+            gref = i64(segment_at(req["segs"], k)["gref"])
             mine = op_at(req["ops"], k)
             mine["flags"] = 0
             if persistent:
@@ -204,7 +208,7 @@ def copy_segments(wa: int, qa: int, to_guest: int) -> None:
     req = req_at(qa)
     ring = ring_at(req["ring"])
     stats = stats_at(ring["stats"])
-    done = np.int64(0)
+    done = i64(0)
     while done < req["nseg"]:
         n = min(req["nseg"] - done, w["max_ops"])
         for k in range(n):
@@ -216,7 +220,7 @@ def copy_segments(wa: int, qa: int, to_guest: int) -> None:
             op["flags"] = OP_TO_GUEST if to_guest != 0 else 0
         call(seam["grant_copy"], seam["grant_ctx"], w["ops"], n, 0)
         for k in range(n):
-            status = np.int64(op_at(w["ops"], k)["status"])
+            status = i64(op_at(w["ops"], k)["status"])
             if status != 0:
                 req["failed"] = status
                 stats["map_failures"] += 1
@@ -246,12 +250,12 @@ def _acquire_bounce(wa: int, qa: int) -> None:
 def _build_iov(qa: int, bounced: bool) -> None:
     """The request's memory as iovecs; neighbours in address become one."""
     req = req_at(qa)
-    n = np.int64(0)
-    end = np.int64(-1)
+    n = i64(0)
+    end = i64(-1)
     for k in range(req["nseg"]):
         seg = segment_at(req["segs"], k)
-        base = op_at(req["ops"], k)["address"] + (0 if bounced else np.int64(seg["offset"]))
-        length = np.int64(seg["length"])
+        base = op_at(req["ops"], k)["address"] + (0 if bounced else i64(seg["offset"]))
+        length = i64(seg["length"])
         if base == end:
             v = records(req["iov"] + (n - 1) * _IOVEC_SIZE, 1, IOVEC)[0]
             v["length"] += length
@@ -295,7 +299,7 @@ def release(wa: int, qa: int) -> None:
         else:
             seam = _seam(wa)
             ca = ring_at(req["ring"])["cache"]
-            n = np.int64(0)
+            n = i64(0)
             for k in range(req["nseg"]):
                 op = op_at(req["ops"], k)
                 if op["flags"] & HELD_PERSISTENT != 0:
@@ -305,7 +309,7 @@ def release(wa: int, qa: int) -> None:
                     n += 1
                     if n == w["max_ops"]:
                         call(seam["grant_unmap"], seam["grant_ctx"], w["ops"], n, 0)
-                        n = np.int64(0)
+                        n = i64(0)
             if n > 0:
                 call(seam["grant_unmap"], seam["grant_ctx"], w["ops"], n, 0)
     if req["block"] != 0:
@@ -316,17 +320,30 @@ def release(wa: int, qa: int) -> None:
 
 
 @kernel
-def drop_cache(wa: int, ra: int, not_used_since: int) -> int:
-    """Unmap the ring's persistent pages last used before that (ns), but for those in use; how many."""
+def drop_cache(wa: int, ra: int, not_used_since: int, op: int) -> int:
+    """Unmap the ring's persistent pages last used before that (ns), but for those in use; how many.
+
+    `op` is the address of a GRANT_OP to work with: the worker's own, or the control thread's.
+    """
     ca = ring_at(ra)["cache"]
-    n = np.int64(0)
+    n = i64(0)
     if ca == 0:
         return n
     while True:
         handle = evict(ca, not_used_since)
         if handle < 0:
             break
-        _unmap_handle(wa, handle)
+        _unmap_handle(wa, handle, op)
         n += 1
     stats_at(ring_at(ra)["stats"])["persistent_held"] = cache_at(ca)["used"]
     return n
+
+
+@inline
+def purge_cache(wa: int, ra: int) -> None:
+    """Once a second at most: let go of persistent pages that were not used for a while (Linux: 60 s)."""
+    ring = ring_at(ra)
+    now = worker_at(wa)["now"]
+    if ring["cache"] != 0 and now - ring["purged"] > 1_000_000_000:
+        ring["purged"] = now
+        drop_cache(wa, ra, now - ring["keep_ns"], _spare_op(wa))

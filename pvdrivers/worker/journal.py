@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pvdrivers import syscalls
-from rings.atomics import compiler_barrier, records, store_release32
+from rings.atomics import compiler_barrier, i64, records, store_release32
 from rings.jit import inline, kernel
 
 from .records import RING, WORKER
@@ -108,7 +108,7 @@ def record_of(ring: Any, index: int) -> int:
 def pop_free(ring: Any) -> int:
     """A free record's index. The caller has seen free_n > 0."""
     ring["free_n"] -= 1
-    return np.int64(records(ring["free"], ring["nr_ents"], _I4)[ring["free_n"]])
+    return i64(records(ring["free"], ring["nr_ents"], _I4)[ring["free_n"]])
 
 
 @inline

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.platform import SEAM
-from pvdrivers.storage.uring import advance, cqe, peek, queue_poll, queue_poll_remove, reap, wait
+from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, reap, wait
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
 from pvdrivers.syscalls import EINTR, clock_monotonic
-from rings.atomics import call, load_acquire64, pause, records, store_release64
+from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
 
@@ -41,6 +41,7 @@ from .records import (
 
 _I4 = np.dtype(np.int32)
 INDEX_MASK = 0xFFFFFF
+HOUSEKEEPING_NS = 30_000_000_000
 SHARED_EVENTS = INDEX_MASK  # the index that stands for the one event fd of all rings
 
 
@@ -51,7 +52,7 @@ def _seam(w: Any) -> Any:
 
 @inline
 def _store_state(ra: int, state: int) -> None:
-    store_release64(ra, np.int64(state))  # RING.state is the first field; pairs with the control thread's load
+    store_release64(ra, i64(state))  # RING.state is the first field; pairs with the control thread's load
 
 
 @kernel
@@ -66,7 +67,7 @@ def _collect_events(wa: int, token: int) -> None:
         if port < 0:
             break
         w["events"] += 1
-        index = np.int64(ports[port]) if port < w["max_ports"] else np.int64(-1)
+        index = i64(ports[port]) if port < w["max_ports"] else i64(-1)
         if index < 0:
             call(seam["event_unmask"], seam["event_ctx"], port, 0, 0)
             continue
@@ -82,6 +83,9 @@ def _try_detach(wa: int, ra: int) -> None:
     """The control thread wants the ring back; it has it when nothing is in flight and its poll has ended."""
     ring = ring_at(ra)
     if ring["state"] != RING_DETACHING or ring["inflight"] != 0:
+        return
+    if ring["ready"] != 0 or ring["active"] != 0:
+        worker_at(wa)["leaving"] = 1  # it is on a list: again before the next sleep, when the lists are empty
         return
     if ring["event_fd"] >= 0 and ring["polled"] != 0:
         if ring["polled"] == 1:
@@ -145,7 +149,7 @@ def _handle_completions(wa: int, n: int) -> None:
     u = w["uring"]
     for _ in range(n):
         c = records(cqe(u, 0), 1, CQE)[0]
-        user_data, res, flags = np.int64(c["user_data"]), np.int64(c["res"]), np.int64(c["flags"])
+        user_data, res, flags = i64(c["user_data"]), i64(c["res"]), i64(c["flags"])
         advance(u, 1)
         tag = user_data & TAG_MASK
         if tag == 0:
@@ -216,7 +220,7 @@ def _arm(wa: int) -> int:
     """Ask every active ring's peer to wake us by its next request; how many had one already. See final_check."""
     w = worker_at(wa)
     found = 0
-    keep = np.int64(0)
+    keep = i64(0)
     while w["active_head"] != 0:
         ra = w["active_head"]
         ring = ring_at(ra)
@@ -242,7 +246,7 @@ def run(wa: int) -> int:
     if w["event_fd"] >= 0:
         queue_poll(u, w["event_fd"], TAG_EVENT | SHARED_EVENTS)
     _look_at_rings(wa)
-    busy_until = np.int64(0)
+    busy_until = i64(0)
     while load_acquire64(wa) == 0:  # WORKER.stop is the first field
         w["passes"] += 1
         n = reap(u)
@@ -261,10 +265,17 @@ def run(wa: int) -> int:
             if w["now"] < busy_until:
                 pause()
                 continue
-        if _arm(wa) > 0 or peek(u) > 0:
+        if _arm(wa) > 0:
             continue
+        if w["leaving"] != 0:
+            w["leaving"] = 0
+            _look_at_rings(wa)
+            if w["ready_head"] != 0:
+                continue
         w["sleeps"] += 1
-        n = wait(u, -1)
+        n = wait(u, HOUSEKEEPING_NS)
+        if n == 0:
+            _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
         if n < 0 and n != -EINTR:
             w["error"] = n
             return n

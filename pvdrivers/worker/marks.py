@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from pvdrivers.syscalls import eventfd_add
-from rings.atomics import records, store_release64
+from rings.atomics import i64, records, store_release64
 from rings.jit import inline, kernel
 
 from .records import REQ, RING, RING_ACTIVE, RING_DEAD, STATS, WORKER
@@ -125,5 +123,5 @@ def mark_dead(ra: int, violation: int) -> None:
     ring["violation"] = violation
     stats_at(ring["stats"])["violations"] += 1
     # Release: who sees the state sees the reason.
-    store_release64(ra + _RING_STATE_AT, np.int64(RING_DEAD))
+    store_release64(ra + _RING_STATE_AT, i64(RING_DEAD))
     eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)

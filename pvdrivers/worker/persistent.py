@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rings.atomics import records
+from rings.atomics import i64, records
 from rings.jit import inline, kernel
 
 PERSISTENT_CACHE = np.dtype(
@@ -80,7 +80,7 @@ def format_cache(ca: int) -> None:
 def _unlink_age(ca: int, index: int) -> None:
     c = cache_at(ca)
     e = entry_at(ca, index)
-    newer, older = np.int64(e["newer"]), np.int64(e["older"])
+    newer, older = i64(e["newer"]), i64(e["older"])
     if newer >= 0:
         entry_at(ca, newer)["older"] = older
     else:
@@ -108,29 +108,29 @@ def _link_newest(ca: int, index: int) -> None:
 def lookup(ca: int, gref: int, now: int) -> int:
     """The entry of a gref, now the newest and with one user more; -1 if it is not mapped."""
     c = cache_at(ca)
-    index = np.int64(records(c["heads"], c["n_heads"], _I4)[_head_index(c, gref)])
+    index = i64(records(c["heads"], c["n_heads"], _I4)[_head_index(c, gref)])
     while index >= 0:
         e = entry_at(ca, index)
-        if np.int64(e["gref"]) == gref:
+        if i64(e["gref"]) == gref:
             e["users"] += 1
             e["last_used"] = now
             if c["newest"] != index:
                 _unlink_age(ca, index)
                 _link_newest(ca, index)
             return index
-        index = np.int64(e["chain"])
-    return np.int64(-1)
+        index = i64(e["chain"])
+    return i64(-1)
 
 
 @kernel
 def insert(ca: int, gref: int, address: int, handle: int, now: int) -> int:
     """Keep a page that was just mapped, with one user; its entry, or -1 if there is no room (see `evict`)."""
     c = cache_at(ca)
-    index = np.int64(c["free"])
+    index = i64(c["free"])
     if index < 0:
-        return np.int64(-1)
+        return i64(-1)
     e = entry_at(ca, index)
-    c["free"] = np.int64(e["chain"])
+    c["free"] = i64(e["chain"])
     heads = records(c["heads"], c["n_heads"], _I4)
     h = _head_index(c, gref)
     e["gref"], e["address"], e["handle"] = gref, address, handle
@@ -155,28 +155,28 @@ def evict(ca: int, not_used_since: int) -> int:
     The caller unmaps the handle.
     """
     c = cache_at(ca)
-    index = np.int64(c["oldest"])
+    index = i64(c["oldest"])
     while index >= 0:
         e = entry_at(ca, index)
-        if np.int64(e["last_used"]) >= not_used_since:
-            return np.int64(-1)
+        if i64(e["last_used"]) >= not_used_since:
+            return i64(-1)
         if e["users"] == 0:
             break
-        index = np.int64(e["newer"])
+        index = i64(e["newer"])
     if index < 0:
-        return np.int64(-1)
+        return i64(-1)
     e = entry_at(ca, index)
     heads = records(c["heads"], c["n_heads"], _I4)
-    h = _head_index(c, np.int64(e["gref"]))
-    if np.int64(heads[h]) == index:
+    h = _head_index(c, i64(e["gref"]))
+    if i64(heads[h]) == index:
         heads[h] = e["chain"]
     else:
-        at = np.int64(heads[h])
-        while np.int64(entry_at(ca, at)["chain"]) != index:
-            at = np.int64(entry_at(ca, at)["chain"])
+        at = i64(heads[h])
+        while i64(entry_at(ca, at)["chain"]) != index:
+            at = i64(entry_at(ca, at)["chain"])
         entry_at(ca, at)["chain"] = e["chain"]
     _unlink_age(ca, index)
     e["chain"] = c["free"]
     c["free"] = index
     c["used"] -= 1
-    return np.int64(e["handle"])
+    return i64(e["handle"])

@@ -58,6 +58,7 @@ WORKER = np.dtype(
         ("bounce_n", "i8"),  # how many are free
         ("blocks_free", "i8"),  # i8 stack of addresses of free BLOCKs, for requests of many segments
         ("blocks_n", "i8"),
+        ("leaving", "i8"),  # rings that are to be detached are still on a list
         ("starved", "i8"),  # rings that wait for a block or for bounce pages
         ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
         ("passes", "i8"),
@@ -129,6 +130,8 @@ RING = np.dtype(
         ("domid", "i8"),  # whose grefs its requests name
         ("policy", "i8"),  # POLICY_*
         ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
+        ("keep_ns", "i8"),  # how long it keeps a page that is not used
+        ("purged", "i8"),  # ns: when it last looked for such pages
         ("free", "i8"),  # i4 stack of free record indices
         ("free_n", "i8"),
         ("stats", "i8"),  # address of a STATS

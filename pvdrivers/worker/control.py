@@ -1,0 +1,293 @@
+"""The Python side of the workers: threads that start and stop, rings that come and go, violations that are told.
+
+A Worker's thread is inside `loop.run` for all of its life. Rings are handed over by filling in a RING record and then
+storing its state; an eventfd, the doorbell, has the worker look. Control threads may call everything here at any time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pvdrivers import syscalls
+from pvdrivers.errors import PlatformError, PvError
+from pvdrivers.platform import GRANT_OP, Platform
+from pvdrivers.storage.uring import enable
+from pvdrivers.storage.uring_setup import Uring
+from rings.atomics import load_acquire64, store_release64
+
+from . import loop
+from .records import (
+    BLOCK_SIZE,
+    RING,
+    RING_ACTIVE,
+    RING_ATTACHING,
+    RING_DEAD,
+    RING_DETACHED,
+    RING_DETACHING,
+    RING_FREE,
+    VIOLATIONS,
+    WORKER,
+    ZERO_BYTES,
+)
+
+MAX_RINGS = 1024
+MAX_PORTS = 131072
+MAX_OPS = 4096
+BUDGET = 32
+BLOCKS = 64
+BOUNCE_PAGES = 8192
+CQ_ENTRIES = 8192
+
+
+class Memory:
+    """Zeroed pages at an address, resident only where they are touched. Keep it alive as long as the address."""
+
+    def __init__(self, size: int) -> None:
+        self._map = mmap.mmap(-1, max(size, 1))
+        self.bytes = np.frombuffer(self._map, np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+
+    def array(self, dtype: Any, count: int, offset: int = 0) -> np.ndarray:
+        """`count` items of `dtype` from `offset` bytes on: a view."""
+        size = np.dtype(dtype).itemsize * count
+        return self.bytes[offset : offset + size].view(dtype)
+
+
+@dataclass
+class RingHandle:
+    """A ring that a worker serves. `keep` is whatever must live as long as that."""
+
+    worker: Worker
+    index: int
+    device: Any
+    port: int
+    keep: list[Any] = field(default_factory=list)
+
+    @property
+    def record(self) -> np.void:
+        """The RING record."""
+        row: np.void = self.worker.rings[self.index]
+        return row
+
+    @property
+    def address(self) -> int:
+        """The address of the RING record."""
+        return int(self.worker.rings.ctypes.data) + self.index * RING.itemsize
+
+
+class Worker:
+    """One data-plane thread with an event channel handle, an io_uring and up to MAX_RINGS rings."""
+
+    def __init__(self, platform: Platform, index: int, alert_fd: int, *, spin_us: int = 0, software: bool = False):
+        self.index = index
+        self.platform = platform
+        self.events = platform.open_events()
+        self.seam = platform.seam(self.events)
+        self.uring = Uring.open(256, CQ_ENTRIES, software=software or None)
+        self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.rings = np.zeros(MAX_RINGS, RING)
+        self._record = np.zeros(1, WORKER)
+        self._memory: list[Any] = []
+        self._handles: dict[int, RingHandle] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._fill(alert_fd, spin_us)
+
+    def _fill(self, alert_fd: int, spin_us: int) -> None:
+        w = self._record[0]
+        w["doorbell_fd"], w["alert_fd"] = self.doorbell, alert_fd
+        w["event_fd"], w["event_token"] = getattr(self.events, "shared_source", (-1, 0))
+        w["uring"] = self.uring.address
+        w["seam"] = self.seam.ctypes.data
+        w["rings"], w["max_rings"] = self.rings.ctypes.data, MAX_RINGS
+        w["spin_ns"] = spin_us * 1000
+        w["budget"] = BUDGET
+        ports = self._new(MAX_PORTS * 4).array(np.int32, MAX_PORTS)
+        ports[:] = -1
+        self._ports = ports
+        w["port_ring"], w["max_ports"] = ports.ctypes.data, MAX_PORTS
+        w["ops"], w["max_ops"] = self._new((MAX_OPS + 1) * GRANT_OP.itemsize).address, MAX_OPS
+        w["pass_reqs"] = self._new(BUDGET * 8).address
+        w["scratch"] = self._new(4096).address
+        w["zero"] = self._new(ZERO_BYTES).address
+        w["bounce"] = self._new(BOUNCE_PAGES * 4096).address
+        free = self._new(BOUNCE_PAGES * 4).array(np.int32, BOUNCE_PAGES)
+        free[:] = np.arange(BOUNCE_PAGES - 1, -1, -1)  # the first page is on top: few are ever touched
+        w["bounce_free"], w["bounce_n"] = free.ctypes.data, BOUNCE_PAGES
+        blocks = self._new(BLOCKS * BLOCK_SIZE)
+        stack = self._new(BLOCKS * 8).array(np.int64, BLOCKS)
+        stack[:] = blocks.address + np.arange(BLOCKS - 1, -1, -1) * BLOCK_SIZE
+        w["blocks_free"], w["blocks_n"] = stack.ctypes.data, BLOCKS
+        # Test hooks, see docs/testing.md: die at a step of the journal; answer in reverse order.
+        step, _, count = os.environ.get("PVDRIVERS_TEST_KILL", "0").partition(":")
+        w["kill_step"], w["kill_count"] = int(step), int(count or 1)
+        w["reverse"] = int(os.environ.get("PVDRIVERS_TEST_REVERSE", "0"))
+
+    def _new(self, size: int) -> Memory:
+        memory = Memory(size)
+        self._memory.append(memory)
+        return memory
+
+    @property
+    def record(self) -> np.void:
+        """The WORKER record."""
+        row: np.void = self._record[0]
+        return row
+
+    @property
+    def address(self) -> int:
+        """The address of the WORKER record."""
+        return int(self._record.ctypes.data)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._main, name=f"worker-{self.index}", daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        # Signals are for the control thread; here they would only end a wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        enable(self.uring.address)
+        loop.run(self.address)
+
+    def stop(self) -> None:
+        """Leave the loop and release everything. The rings have been detached before."""
+        if self._thread is not None:
+            store_release64(self.address, np.int64(1))
+            self.ring_doorbell()
+            self._thread.join()
+            self._thread = None
+        self.uring.close()
+        self.events.close()
+        os.close(self.doorbell)
+
+    @property
+    def failed(self) -> str:
+        """Why the loop ended by itself, "" if it did not."""
+        error = int(self._record[0]["error"])
+        return f"worker {self.index}: io_uring: {os.strerror(-error)}" if error else ""
+
+    def ring_doorbell(self) -> None:
+        """Have the worker look at the states of its rings."""
+        os.eventfd_write(self.doorbell, 1)
+
+    def new_ring(self, device: Any, port: int) -> RingHandle:
+        """A free RING record, zeroed, with worker, port and event source filled in. PvError if there is none."""
+        with self._lock:
+            for index in range(MAX_RINGS):
+                if index not in self._handles:
+                    break
+            else:
+                raise PvError(f"worker {self.index}: all of its {MAX_RINGS} rings are in use; run more workers")
+            handle = RingHandle(self, index, device, port)
+            self._handles[index] = handle
+        row = handle.record
+        self.rings[index] = np.zeros((), RING)
+        row["index"], row["worker"], row["port"] = index, self.address, port
+        if int(self._record[0]["event_fd"]) >= 0:
+            row["event_fd"] = -1
+        else:
+            row["event_fd"], row["event_token"] = self.events.source(port)
+        self._ports[port] = index
+        return handle
+
+    def attach(self, handle: RingHandle) -> None:
+        """The record is filled in: the worker serves it from now on."""
+        store_release64(handle.address, np.int64(RING_ATTACHING))
+        self.ring_doorbell()
+
+    def drop(self, handle: RingHandle) -> None:
+        """Forget a ring that the worker does not serve: never attached, or detached."""
+        with self._lock:
+            self._ports[handle.port] = -1
+            self._handles.pop(handle.index, None)
+            store_release64(handle.address, np.int64(RING_FREE))
+
+    def detach(self, handle: RingHandle, timeout: float | None = None) -> bool:
+        """Stop taking requests, wait until nothing is in flight, and drop the ring. False if the time was over."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        address = handle.address
+        pause = 0.0002
+        while True:
+            state = load_acquire64(address)
+            if state == RING_DETACHED or state == RING_FREE or self.failed or self._thread is None:
+                break
+            if state in (RING_ACTIVE, RING_DEAD):
+                store_release64(address, np.int64(RING_DETACHING))
+                self.ring_doorbell()
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+        self.drop(handle)
+        return True
+
+    def alerts(self) -> list[tuple[Any, str]]:
+        """Rings that died since the last call: their device, and why."""
+        found = []
+        with self._lock:
+            handles = list(self._handles.values())
+        for handle in handles:
+            if load_acquire64(handle.address) == RING_DEAD and not handle.record["reported"]:
+                handle.record["reported"] = 1
+                found.append((handle.device, VIOLATIONS.get(int(handle.record["violation"]), "unknown violation")))
+        return found
+
+
+class WorkerPool:
+    """All workers of a process. Implements pvdrivers.device.Workers."""
+
+    def __init__(self, platform: Platform, count: int = 1, *, spin_us: int = 0, software: bool = False) -> None:
+        if count < 1 or count > 64:
+            raise PlatformError(f"{count} workers: from 1 to 64, one a core at the most")
+        self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.workers = [
+            Worker(platform, i, self.alert_fd, spin_us=spin_us, software=software) for i in range(count)
+        ]
+        self._next = 0
+
+    def start(self) -> None:
+        """Start all threads."""
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """Stop all threads; the devices have been disconnected before."""
+        for worker in self.workers:
+            worker.stop()
+        os.close(self.alert_fd)
+
+    def choose(self, queues: int) -> list[Worker]:
+        """A worker for each queue of a device: the queues are spread, the devices start at different workers."""
+        first = self._next
+        self._next += queues
+        return [self.workers[(first + q) % len(self.workers)] for q in range(queues)]
+
+    def alerts(self) -> Sequence[tuple[Any, str]]:
+        """Devices whose rings died since the last call, with the violation."""
+        try:
+            os.eventfd_read(self.alert_fd)
+        except BlockingIOError:
+            pass
+        found: list[tuple[Any, str]] = []
+        for worker in self.workers:
+            found += worker.alerts()
+            if worker.failed:
+                raise PlatformError(worker.failed)
+        return found
+
+
+def warm() -> None:
+    """Compile the loop, and what it calls."""
+    loop.run.compile("int64(int64)")
+    enable.compile("int64(int64)")
+    syscalls.clock_monotonic.compile("int64()")
