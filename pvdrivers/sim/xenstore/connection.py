@@ -290,13 +290,17 @@ class Connection:
             self._pending_events.discard(key)
             if cause is not None:
                 cause.caused -= 1
-                if cause is not self.domain:
+                if cause.waiting:
                     self.server.wake(cause)
         self._charge(-len(data))
+        if self.domain.waiting:
+            self.server.wake(self.domain)
 
     def _update(self) -> None:
         """Registers for what can happen next."""
         waits = not self.privileged and self.domain.must_wait(self.server.quotas)
+        if waits:
+            self.domain.waiting = True
         mask = (0 if waits else _READ) | (_WRITE if self._out else 0)
         if mask == self._mask:
             return

@@ -51,6 +51,7 @@ class Domain:
     outstanding: int = 0  # replies that were queued and not yet sent
     caused: int = 0  # events that its requests put in anybody's queue and that are not yet sent
     memory: int = 0
+    waiting: bool = False  # a connection of it has stopped taking requests
 
     def __post_init__(self) -> None:
         self.domids.add(self.domid)

@@ -115,8 +115,9 @@ class XenStoreServer:
             self.busy = False
 
     def wake(self, domain: Domain) -> None:
-        """Events that a guest caused have been read: it need not wait any longer."""
+        """What a guest waits for has been read: it goes on as soon as it is within its quotas."""
         if not domain.must_wait(self.quotas):
+            domain.waiting = False
             for conn in self._connections:
                 if conn.domain is domain:
                     self.dirty.add(conn)
