@@ -16,9 +16,9 @@ from pvdrivers.worker.control import Memory
 from pvdrivers.worker.journal import FREE, JOURNAL_RECORD
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache
 from pvdrivers.worker.records import POLICY_PERSISTENT, REQ
+from pvdrivers.worker.words import load_index
 from rings import blkif
 from rings import ring as ringlib
-from rings.atomics import load_acquire32, signed_distance
 from rings.jit import JIT, address_of
 
 from . import queue
@@ -112,11 +112,11 @@ def _recover(device: BlkBackend, state: QueueState, q: int) -> list[int]:
     row = state.handle.record
     end = state.keep[0]
     # rsp_prod as the guest's page has it: ours, if the guest is honest. If not, the sums below do not fit.
-    plan = device.journal.recover(q, load_acquire32(int(end[0]["prod"])))
+    plan = device.journal.recover(q, load_index(int(end[0]["prod"])))
     if plan is None:
         raise NotRecoverable(f"{device.ident}: queue {q}: the ring's indices do not fit its journal")
     end[0]["cons"] = plan.req_cons
-    if signed_distance(plan.req_cons, int(end[0]["prod_pvt"])) < 0:
+    if (plan.req_cons - int(end[0]["prod_pvt"])) & 0x80000000:
         raise NotRecoverable(f"{device.ident}: queue {q}: more answers than requests")
     rows = device.journal.records(q)
     for i in plan.answer:

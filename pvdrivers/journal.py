@@ -20,13 +20,18 @@ import numpy as np
 
 from pvdrivers.errors import PvError
 from pvdrivers.worker.journal import DONE, FREE, JOURNAL_QUEUE, JOURNAL_RECORD, TAKEN
-from rings.atomics import distance, signed_distance
 
 MAGIC = b"PVJRNL\x00\x01"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIII512s")  # magic, version, queues, record size, unused, incarnation
 _QUEUES_AT = 1024
 MAX_QUEUES = (4096 - _QUEUES_AT) // JOURNAL_QUEUE.itemsize
+
+
+def _ahead(a: int, b: int) -> int:
+    """a - b for free-running 32-bit indices, signed."""
+    d = (a - b) & 0xFFFFFFFF
+    return d - ((d & 0x80000000) << 1)
 
 
 class JournalError(PvError):
@@ -162,19 +167,19 @@ class Journal:
             state = int(rows[i]["state"])
             if state == TAKEN:
                 # Not passed by req_cons: it is still on the ring and was never executed.
-                if signed_distance(req_cons, int(rows[i]["req_index"])) > 0:
+                if _ahead(req_cons, int(rows[i]["req_index"])) > 0:
                     taken.append(i)
                 else:
                     rows[i]["state"] = FREE
             elif state == DONE:
-                if signed_distance(rsp_prod, int(rows[i]["rsp_index"])) > 0:
+                if _ahead(rsp_prod, int(rows[i]["rsp_index"])) > 0:
                     rows[i]["state"] = FREE  # the guest has the answer
                 else:
                     done.append(i)
-        taken.sort(key=lambda i: signed_distance(int(rows[i]["req_index"]), req_cons))
-        done.sort(key=lambda i: signed_distance(int(rows[i]["rsp_index"]), rsp_prod))
+        taken.sort(key=lambda i: _ahead(int(rows[i]["req_index"]), req_cons))
+        done.sort(key=lambda i: _ahead(int(rows[i]["rsp_index"]), rsp_prod))
         # Everything taken has its response pushed, or is in one of the two lists.
-        if distance(req_cons, rsp_prod) != len(taken) + len(done):
+        if (req_cons - rsp_prod) & 0xFFFFFFFF != len(taken) + len(done):
             return None
         return QueueRecovery(req_cons, taken, done)
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers import syscalls
 from pvdrivers.errors import PlatformError, PvError
 from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
-from rings.atomics import load_acquire64, store_release64
+from rings.jit import JIT
 
 from . import loop
 from .records import (
@@ -38,6 +37,7 @@ from .records import (
     WORKER,
     ZERO_BYTES,
 )
+from .words import load_index, load_word, store_word
 
 MAX_RINGS = 1024
 MAX_PORTS = 131072
@@ -162,7 +162,7 @@ class Worker:
     def stop(self) -> None:
         """Leave the loop and release everything. The rings have been detached before."""
         if self._thread is not None:
-            store_release64(self.address, np.int64(1))
+            store_word(self.address, 1)
             self.ring_doorbell()
             self._thread.join()
             self._thread = None
@@ -202,7 +202,7 @@ class Worker:
 
     def attach(self, handle: RingHandle) -> None:
         """The record is filled in: the worker serves it from now on."""
-        store_release64(handle.address, np.int64(RING_ATTACHING))
+        store_word(handle.address, RING_ATTACHING)
         self.ring_doorbell()
 
     def drop(self, handle: RingHandle) -> None:
@@ -210,7 +210,7 @@ class Worker:
         with self._lock:
             self._ports[handle.port] = -1
             self._handles.pop(handle.index, None)
-            store_release64(handle.address, np.int64(RING_FREE))
+            store_word(handle.address, RING_FREE)
 
     def detach(self, handle: RingHandle, timeout: float | None = None) -> bool:
         """Stop taking requests, wait until nothing is in flight, and drop the ring. False if the time was over."""
@@ -218,11 +218,11 @@ class Worker:
         address = handle.address
         pause = 0.0002
         while True:
-            state = load_acquire64(address)
+            state = load_word(address)
             if state == RING_DETACHED or state == RING_FREE or self.failed or self._thread is None:
                 break
             if state in (RING_ACTIVE, RING_DEAD):
-                store_release64(address, np.int64(RING_DETACHING))
+                store_word(address, RING_DETACHING)
                 self.ring_doorbell()
             if deadline is not None and time.monotonic() > deadline:
                 return False
@@ -237,7 +237,7 @@ class Worker:
         with self._lock:
             handles = list(self._handles.values())
         for handle in handles:
-            if load_acquire64(handle.address) == RING_DEAD and not handle.record["reported"]:
+            if load_word(handle.address) == RING_DEAD and not handle.record["reported"]:
                 handle.record["reported"] = 1
                 found.append((handle.device, VIOLATIONS.get(int(handle.record["violation"]), "unknown violation")))
         return found
@@ -287,7 +287,11 @@ class WorkerPool:
 
 
 def warm() -> None:
-    """Compile the loop, and what it calls."""
+    """Compile the loop, and what the control threads call."""
+    if not JIT:
+        return
     loop.run.compile("int64(int64)")
     enable.compile("int64(int64)")
-    syscalls.clock_monotonic.compile("int64()")
+    load_word.compile("int64(int64)")
+    load_index.compile("uint32(int64)")
+    store_word.compile("void(int64, int64)")

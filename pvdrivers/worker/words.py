@@ -1,0 +1,26 @@
+"""Shared words as Python may touch them: intrinsics only work in kernels, so here they are as kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rings.atomics import load_acquire32, load_acquire64, store_release64
+from rings.jit import kernel
+
+
+@kernel
+def load_word(address: int) -> int:
+    """An acquire load of 64 bits."""
+    return load_acquire64(address)
+
+
+@kernel
+def store_word(address: int, value: int) -> None:
+    """A release store of 64 bits."""
+    store_release64(address, np.int64(value))
+
+
+@kernel
+def load_index(address: int) -> int:
+    """An acquire load of a ring's 32-bit index."""
+    return load_acquire32(address)
