@@ -17,52 +17,19 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from . import xs_wire as wire
-from .xs_wire import HEADER, PAYLOAD_MAX
+from .xs_wire import HEADER, PAYLOAD_MAX, XenStoreError
+
+__all__ = ["XenStoreClient", "XenStoreError", "default_path"]
 
 T = TypeVar("T")
 
 _RECV = 65536
-_LARGEST_LIST_TRIES = 100
-_ADVICE = {
-    errno.EACCES: "this domain may not do that; see the node's permissions",
-    errno.EPERM: "only dom0 may change the owner of a node",
-    errno.ENOSPC: "a quota of this domain is used up (nodes, node size, permissions or transactions)",
-    errno.E2BIG: "more than one message holds, or the watch quota of this domain is used up",
-    errno.EAGAIN: "somebody else changed what the transaction used",
-    errno.EINVAL: "xenstored does not accept the path or an argument",
-    errno.EEXIST: "it is there already",
-    errno.ENOSYS: "this xenstored does not know the operation",
-}
-
-
-class XenStoreError(OSError):
-    """A refused request, a timeout or a lost connection.
-
-    `errno` is the error (ETIMEDOUT: no reply in time; ECONNRESET: the connection is gone; EPROTO: the peer
-    does not speak xenstore), `operation` the request as named in xenstore.txt, `path` what it was about (""
-    if nothing).
-    """
-
-    def __init__(self, number: int, operation: str, path: str = "", detail: str = "") -> None:
-        name = errno.errorcode.get(number, str(number))
-        why = detail or _ADVICE.get(number, os.strerror(number))
-        super().__init__(number, f"xenstore {operation}{' ' + path if path else ''}: {name}: {why}")
-        self.operation = operation
-        self.path = path
-
-    def __str__(self) -> str:
-        return str(self.strerror)
-
-
-def _bytes(value: bytes | str | int) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return str(value).encode()
+_LIST_TRIES = 100
 
 
 def _path(operation: str, path: str) -> bytes:
@@ -158,7 +125,22 @@ class XenStoreClient:
                     why = "xenstored takes no requests"
                     raise self._lost(errno.ETIMEDOUT, operation, path, why) from None
             except OSError as e:
-                raise self._gone(operation, path, e) from e
+                lost = self._gone(operation, path, e)
+                self._take_rest()
+                raise lost from e
+
+    def _take_rest(self) -> None:
+        """Events that came before the connection was lost can still be had."""
+        try:
+            while data := os.read(self._fd, _RECV):
+                self._buffer += data
+        except OSError:
+            pass
+        try:
+            while self._next("EVENTS", "") is not None:
+                pass
+        except XenStoreError:
+            pass
 
     def _receive(self, operation: str, path: str) -> bool:
         """Takes in what is there; False if there is nothing yet."""
@@ -224,13 +206,14 @@ class XenStoreClient:
         try:
             return self._talk(wire.XS_READ, _path("READ", path), path, tx)
         except XenStoreError as e:
-            if e.errno == errno.ENOENT and not self._broken:
+            if e.errno == errno.ENOENT:
                 return None
             raise
 
     def write(self, path: str, value: bytes | str | int, tx: int = 0) -> None:
         """Sets a value; the node and missing parents are created."""
-        self._talk(wire.XS_WRITE, _path("WRITE", path) + _bytes(value), path, tx)
+        raw = value if isinstance(value, bytes) else str(value).encode()
+        self._talk(wire.XS_WRITE, _path("WRITE", path) + raw, path, tx)
 
     def mkdir(self, path: str, tx: int = 0) -> None:
         """Makes sure that a node is there; its value stays if it is."""
@@ -257,7 +240,7 @@ class XenStoreClient:
         return self._ls_parts(raw, path, tx)
 
     def _ls_parts(self, raw: bytes, path: str, tx: int) -> list[str] | None:
-        for _ in range(_LARGEST_LIST_TRIES):
+        for _ in range(_LIST_TRIES):
             data = b""
             generation: bytes | None = None
             while True:
@@ -403,18 +386,15 @@ class XenStoreClient:
                 self._events.clear()
 
     def control(self, *words: str) -> str:
-        """A CONTROL command and its parameters, such as ("quota", "set", "nodes", "500"); the answer's text.
-        """
+        """A CONTROL command and its parameters, such as ("quota", "set", "nodes", "500"); the answer's text."""
         payload = b"".join(word.encode() + b"\0" for word in words)
         return self._talk(wire.XS_CONTROL, payload, " ".join(words)).rstrip(b"\0").decode(errors="replace")
 
 
-def default_path(environ: dict[str, str] | Any = os.environ) -> str:
-    """Where xenstore is, as libxenstore looks for it: $XENSTORED_PATH, the socket's usual place, the kernel's
-    device.
-    """
+def default_path(environ: Mapping[str, str] = os.environ) -> str:
+    """Where libxenstore looks: $XENSTORED_PATH, the socket's usual place, the kernel's device."""
     named = environ.get("XENSTORED_PATH")
     if named:
-        return str(named)
+        return named
     usual = os.path.join(environ.get("XENSTORED_RUNDIR", "/run/xenstored"), "socket")
     return usual if os.path.exists(usual) else "/dev/xen/xenbus"

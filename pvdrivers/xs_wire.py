@@ -8,6 +8,7 @@ memory"). A message is a header of four little-endian 32-bit words and up to PAY
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from typing import Final, NamedTuple
 
@@ -37,9 +38,7 @@ XS_DIRECTORY_PART: Final = 22
 XS_TYPE_COUNT: Final = 23
 
 TYPE_NAMES: Final[dict[int, str]] = {
-    value: name[3:]
-    for name, value in list(globals().items())
-    if name.startswith("XS_") and name != "XS_TYPE_COUNT"
+    value: name[3:] for name, value in list(globals().items()) if name.startswith("XS_") and name != "XS_TYPE_COUNT"
 }
 
 PAYLOAD_MAX: Final = 4096  # XENSTORE_PAYLOAD_MAX, bytes after the header
@@ -59,6 +58,37 @@ ERROR_NAMES: Final[dict[int, bytes]] = {
     )
 }  # fmt: skip
 ERROR_NUMBERS: Final[dict[bytes, int]] = {name: number for number, name in ERROR_NAMES.items()}
+
+# What each means to the one who asked.
+ERROR_ADVICE: Final[dict[int, str]] = {
+    errno.EACCES: "this domain may not do that; see the node's permissions",
+    errno.EPERM: "only dom0 may change the owner of a node",
+    errno.ENOSPC: "a quota of this domain is used up (nodes, node size, permissions or transactions)",
+    errno.E2BIG: "more than one message holds, or the watch quota of this domain is used up",
+    errno.EAGAIN: "somebody else changed what the transaction used",
+    errno.EINVAL: "xenstored does not accept the path or an argument",
+    errno.EEXIST: "it is there already",
+    errno.ENOSYS: "this xenstored does not know the operation",
+}
+
+
+class XenStoreError(OSError):
+    """A refused request, a timeout or a lost connection.
+
+    `errno` is the error (ETIMEDOUT: no reply in time; ECONNRESET: the connection is gone; EPROTO: the peer
+    does not speak xenstore), `operation` the request as named in xenstore.txt, `path` what it was about (""
+    if nothing).
+    """
+
+    def __init__(self, number: int, operation: str, path: str = "", detail: str = "") -> None:
+        name = errno.errorcode.get(number, str(number))
+        why = detail or ERROR_ADVICE.get(number, os.strerror(number))
+        super().__init__(number, f"xenstore {operation}{' ' + path if path else ''}: {name}: {why}")
+        self.operation = operation
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class Message(NamedTuple):
@@ -113,6 +143,5 @@ def join(*parts: bytes) -> bytes:
 
 
 def split(payload: bytes) -> list[bytes]:
-    """The NUL-terminated strings of a payload; bytes behind the last NUL are ignored (as get_strings() does).
-    """
+    """The NUL-terminated strings of a payload; bytes behind the last NUL are ignored (as get_strings() does)."""
     return payload.split(b"\0")[:-1]
