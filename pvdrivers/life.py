@@ -175,9 +175,9 @@ class Life:
                 self._held = (ours, theirs)
                 self._retry.after(QUIET_SECONDS)
                 return False
-        acted = self._perform(wanted, ours, theirs)
-        self._before = theirs
-        return acted
+        if wanted.action is not Action.RECONNECT:  # or, if that fails, the table would see nothing left to do
+            self._before = theirs
+        return self._perform(wanted, ours, theirs)
 
     def _perform(self, wanted: Step, ours: XenbusState, theirs: XenbusState) -> bool:
         action = wanted.action
@@ -304,6 +304,7 @@ class Life:
         if self._publish(ours, keys, None if recovered else wanted.state):
             self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
+        self._before = theirs
 
     def _failed(self, ours: XenbusState, theirs: XenbusState, wanted: Step, error: BaseException) -> None:
         advertising = wanted.action is Action.ADVERTISE
@@ -316,8 +317,6 @@ class Life:
             self._nodes.report(str(error) or repr(error), hotplug=advertising)
             self._held = (ours, theirs)
             self._retry.again()
-            if wanted.action is Action.RECONNECT:
-                self._before = S.Connected  # or the table would see nothing left to do
             return
         else:
             if not isinstance(error, ConfigError):
@@ -348,6 +347,7 @@ class Life:
             # Only now: to the toolstack Closed means that nothing is held any more, the image included.
             if ours not in (S.Unknown, S.Closed):
                 self._publish(ours, {}, state)
+            self._nodes.clear_report()
             self._nodes.tidy()
         except OSError as e:
             log.warning("%s: removed, but: %s", self.ident, e)
