@@ -54,8 +54,10 @@ class ThreadPool:
     """Queues in memory, an epoll set, and threads that serve them. Fills the URING record `r` at `address`."""
 
     def __init__(self, r: Any, address: int, entries: int, cq_entries: int, threads: int) -> None:
-        entries = 1 << max(0, entries - 1).bit_length()
-        cq_entries = 1 << max(2 * MAX_POLL_EVENTS, entries, cq_entries - 1).bit_length()
+        cq_entries = 1 << max(2 * MAX_POLL_EVENTS, cq_entries - 1).bit_length()
+        # Submission empties the kernel's queue and not this one; who never has more under way than there is room for
+        # completions shall not find it full.
+        entries = max(cq_entries, 1 << max(0, entries - 1).bit_length())
         # With the JIT off there is no true compare-exchange, and no use in threads under the GIL.
         threads = threads if JIT else 0
         words = [4] * 5

@@ -208,6 +208,17 @@ def wake_all(u: int) -> int:
 
 
 @kernel
+def run_here(u: int) -> int:
+    """Without threads: execute what is published, as long as there is room for the results. 0."""
+    r = ring_at(u)
+    limit = r["cq_mask"] + 1 - MAX_POLL_EVENTS
+    while distance(load_once32(r["cq_tail"]), load_once32(r["cq_head"])) < limit:
+        if step(u, r["scratch"]) == 0:
+            break
+    return 0
+
+
+@kernel
 def publish(u: int) -> int:
     """What io_uring_enter does for submission: give all that is pending to the threads. 0."""
     r = ring_at(u)
@@ -216,9 +227,7 @@ def publish(u: int) -> int:
     r["pending"] = 0
     r["enters"] += 1
     if r["threads"] == 0:
-        while step(u, r["scratch"]) != 0:
-            pass
-        return 0
+        return int(run_here(u))
     fetch_add32(u + _WORK, np.uint32(1))  # a full barrier, too: the tail is seen before we look for sleepers
     sleepers = int(load_once32(u + _SLEEPERS))
     if sleepers > 0:
@@ -230,6 +239,8 @@ def publish(u: int) -> int:
 def collect(u: int, timeout_ms: int) -> int:
     """epoll_wait(2): a completion for each event fd that became readable. 0, or -errno."""
     r = ring_at(u)
+    if r["threads"] == 0:
+        run_here(u)
     used = distance(load_acquire32(r["cq_tail"]), load_once32(r["cq_head"]))
     room = min(MAX_POLL_EVENTS, r["cq_mask"] + 1 - used)
     if room <= 0:
@@ -248,6 +259,8 @@ def collect(u: int, timeout_ms: int) -> int:
 def wait_software(u: int, timeout_ns: int) -> int:
     """`uring.wait`, once everything is submitted: 0 or -errno. Timeouts are rounded up to milliseconds."""
     r = ring_at(u)
+    if r["threads"] == 0:
+        run_here(u)
     store_once32(u + _WAITING, np.uint32(1))
     full_barrier()  # pairs with the one in `step`
     timeout_ms = 0

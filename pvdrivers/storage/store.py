@@ -18,6 +18,7 @@ from typing import Final
 
 from pvdrivers.errors import ConfigError, StoreError
 
+from .constants import STORE_FILE, STORE_MEMORY, STORE_NULL
 from .locks import DrainingError, Locks, Patience, Progress
 from .software_pool import address
 from .uri import DiskSpec, size_text
@@ -32,10 +33,6 @@ __all__ = [
     "Store",
     "open_store",
 ]
-
-STORE_NULL: Final = 0
-STORE_MEMORY: Final = 1
-STORE_FILE: Final = 2
 
 MAX_TRANSFER: Final = 0x7FFFF000
 """Linux moves at most so many bytes in one read or write (MAX_RW_COUNT, with 4 KiB pages)."""

@@ -180,7 +180,9 @@ OPTIONS: Final[dict[str, Option]] = {
     "removable": Option(*_switch(), "say so to the guest"),
     "cdrom": Option(*_switch(), "a CD-ROM: read only"),
     "discard": Option(*_switch(), "offer discard where the store can"),
-    "secure_discard": Option(*_switch(), "offer secure discard: you vouch that what is freed below is erased"),
+    "secure_discard": Option(
+        *_switch(), "offer secure discard: zeros are written first; you vouch that this erases what lies below"
+    ),
     "policy": Option(
         *_choice("map", "persistent", "copy"), "guest pages: mapped for each request, kept mapped, or copied"
     ),
@@ -298,9 +300,10 @@ def parse_xl(params: str, mode: str = "w", device_type: str = "disk", *, options
     if device_type not in ("disk", "cdrom"):
         raise ConfigError(f"disk {params!r}: device-type {device_type!r}: must be disk or cdrom")
     # The toolstack's mode holds, whatever else is in the text; a CD-ROM is read only even if xl says w.
-    words = [w for w in (params.split(",") + options.split(",")[bool(not options) :]) if not w.startswith("mode=")]
+    uri, *words = params.split(",")
+    words = [w for w in [*words, *options.split(",")] if w and not w.startswith("mode=")]
     cdrom = device_type == "cdrom"
     words.append("mode=" + ("r" if cdrom else _XL_MODES[mode]))
     if cdrom and not any(w.startswith("cdrom=") for w in words):
         words.append("cdrom=on")
-    return parse_disk(",".join(words))
+    return parse_disk(",".join([uri, *words]))

@@ -11,6 +11,9 @@ Completions are counted by `peek` (no system call) or `reap` (one, if the kernel
 or something is pending), read at `cqe(u, k)`, k from 0, and given back by `advance`. When the completion
 queue overflows, the kernel keeps the rest (IORING_FEAT_NODROP) until `reap` or `wait` finds room for them.
 
+A queue_* returns -EAGAIN only when the kernel is short of memory; on the software ring, when more requests are under
+way than there is room for completions.
+
 Sources: io_uring_setup(2), io_uring_enter(2), include/uapi/linux/io_uring.h.
 """
 
