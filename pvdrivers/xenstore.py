@@ -54,9 +54,9 @@ class XenStoreClient:
         self._events: collections.deque[tuple[str, str]] = collections.deque()
         self._req_id = 0
         self._broken = ""
+        os.set_blocking(self._fd, False)
         self._poll_in = select.poll()
         self._poll_in.register(self._fd, select.POLLIN)
-        os.set_blocking(self._fd, False)
         # An event queued during a request leaves nothing to read on the socket: the eventfd stands for it.
         self._queued = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
@@ -102,8 +102,6 @@ class XenStoreClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # The stream
 
     def _lost(self, number: int, operation: str, path: str, why: str) -> XenStoreError:
         self._broken = self._broken or why

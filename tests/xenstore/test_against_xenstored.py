@@ -78,8 +78,9 @@ class Store:
         self.clients = [Client(path), Client(path)]
 
     def step(self, root: bytes, step: tuple[Any, ...]) -> tuple[int, bytes]:
-        what, who, place, *rest = step
-        client = self.clients[who]
+        what, who, place = step[:3]
+        rest = step[3:]
+        client: Client = self.clients[who]
         tx = client.transactions[place - 1] if 0 < place <= len(client.transactions) else 0
         words = [word.replace(b"%ROOT%", root) if isinstance(word, bytes) else word for word in rest]
         if what == "write":

@@ -216,10 +216,10 @@ def test_server_goes_away(served: Any) -> None:
         store.read("/x")
     assert caught.value.errno == errno.ECONNRESET
     assert store.events() == [("/w", "t")], "what was heard before"
-    for call in (lambda: store.events(), lambda: store.write("/x", 1)):
-        with pytest.raises(XenStoreError) as caught:
-            call()
-        assert caught.value.errno == errno.ECONNRESET
+    with pytest.raises(XenStoreError, match="ECONNRESET"):
+        store.events()
+    with pytest.raises(XenStoreError, match="ECONNRESET"):
+        store.write("/x", 1)
     assert select.select([store.fileno()], [], [], 0)[0], "a loop that waits for events wakes up"
     store.close()
     store.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +168,55 @@ def test_dom0_client_that_never_reads(new_store: Callable[..., Any], caplog: pyt
     assert "does not read its events" in caplog.text
     assert slow.heard() and slow.gone
     unharmed(store, dom0)
+
+
+def test_dom0_client_that_does_not_read_its_replies(stepped: Any) -> None:
+    dom0, slow = stepped.connect(), stepped.connect()
+    dom0.write(b"/big", b"x" * 4000)
+    request = wire.pack(wire.XS_READ, 0, 0, b"/big\0")
+    sent = 0
+    while slow.send(request):
+        sent += 1
+    (connection,) = [c for c in stepped.server._connections if c._out]
+    assert connection._out_bytes < 2 << 20
+    unharmed(stepped, dom0)
+    for _ in range(10_000):
+        slow.take()
+        if not stepped.step():
+            break
+    slow.take()
+    assert len(slow.replies) == sent
+
+
+def test_out_of_descriptors(stepped: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dom0 = stepped.connect()
+    stepped.server.listen(tmp_path / "s")
+    client = socket.socket(socket.AF_UNIX)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spent: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, limits[1]), limits[1]))
+    try:
+        client.connect(str(tmp_path / "s"))
+        while True:
+            try:
+                spent.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                break
+        stepped.step()  # fails if the loop spins
+        assert "turned away" in caplog.text
+        assert client.recv(1) == b""
+        unharmed(stepped, dom0)
+    finally:
+        for fd in spent:
+            os.close(fd)
+        client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with socket.socket(socket.AF_UNIX) as again:
+        again.connect(str(tmp_path / "s"))
+        stepped.step()
+        again.sendall(wire.pack(wire.XS_READ, 0, 0, b"/tool\0"))
+        stepped.step()
+        assert again.recv(100)
 
 
 def test_guest_that_watches_everything_and_reads_nothing(new_store: Callable[..., Any]) -> None:

@@ -284,6 +284,6 @@ def machine(new_store: Callable[..., Any]) -> type[RuleBasedStateMachine]:
 
 
 def test_three_domains(new_store: Callable[..., Any]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine(new_store), settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )

@@ -32,6 +32,7 @@ _READ = selectors.EVENT_READ
 _WRITE = selectors.EVENT_WRITE
 _RECV_GUEST = HEADER_SIZE + PAYLOAD_MAX  # bounds what one guest gets done before it is another's turn
 _RECV_DOM0 = 16384
+_DOM0_UNREAD = 1 << 20  # bytes of output with which a dom0 client's further requests wait
 _SEND_AT_ONCE = 64  # messages
 
 _NO_TX = 1  # the request's tx_id is ignored
@@ -175,9 +176,9 @@ class Connection:
     def _requests(self) -> bool:
         """False if the client broke the protocol."""
         data, at, end = self._in, 0, len(self._in)
-        unpack, out, domain, quotas = HEADER.unpack_from, self._out, self.domain, self.server.quotas
+        unpack, out, domain = HEADER.unpack_from, self._out, self.domain
         while end - at >= HEADER_SIZE:
-            if not self.privileged and domain.must_wait(quotas):
+            if self._must_wait():
                 break
             type_, req_id, tx_id, length = unpack(data, at)
             if length > PAYLOAD_MAX:
@@ -196,14 +197,19 @@ class Connection:
                 return True
             message = HEADER.pack(type_, req_id, tx_id, len(reply)) + reply
             out.append((message, None, None))
-            if not self.privileged:
-                self._charge(len(message))
-                domain.outstanding += 1
+            self._charge(len(message))
+            domain.outstanding += 1
             if self.first_event is not None:
                 (path, token), self.first_event = self.first_event, None
                 self.queue_event(event(path, token), None)
         self._in = data[at:] if at < end else b""
         return True
+
+    def _must_wait(self) -> bool:
+        """Whether no more requests are taken until somebody reads."""
+        if self.privileged:
+            return self._out_bytes > _DOM0_UNREAD
+        return self.domain.must_wait(self.server.quotas)
 
     def request(self, type_: int, tx_id: int, payload: bytes) -> bytes:
         """Carries out one request; its reply's payload. Raises Refused."""
@@ -235,7 +241,7 @@ class Connection:
                 return
         elif self._out_bytes + len(message) > self.server.quotas.dom0_output:
             _log.error("xenstore: a dom0 client does not read its events; disconnected")
-            self.server.doomed.append(self)
+            self.server.doomed.add(self)
             self.server.dirty.add(self)
             return
         self._pending_events.add(message)
@@ -283,8 +289,6 @@ class Connection:
     def _forget(self, message: Outgoing) -> None:
         data, key, cause = message
         if key is None:
-            if self.privileged:
-                return
             self.domain.outstanding -= 1
         else:
             self._pending_events.discard(key)
@@ -298,8 +302,8 @@ class Connection:
 
     def _update(self) -> None:
         """Registers for what can happen next."""
-        waits = not self.privileged and self.domain.must_wait(self.server.quotas)
-        if waits:
+        waits = self._must_wait()
+        if waits and not self.privileged:
             self.domain.waiting = True
         mask = (0 if waits else _READ) | (_WRITE if self._out else 0)
         if mask == self._mask:

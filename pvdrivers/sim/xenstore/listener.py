@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 _SUN_PATH_MAX = 107  # bytes, without the NUL
 _BACKLOG = 128
 
@@ -33,6 +35,8 @@ class Listener:
                 errno.ENAMETOOLONG, f"{path}: a unix socket's path has {_SUN_PATH_MAX - 4} bytes at most"
             )
         self._lock = self._take_lock(self.path.with_name(self.path.name + ".lock"))
+        # Given up for a moment when descriptors have run out, so that a client can be turned away.
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._refuse_live_server()
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -49,6 +53,7 @@ class Listener:
                 raise
         except BaseException:
             os.close(self._lock)
+            os.close(self._spare)
             raise
 
     def _take_lock(self, name: Path) -> int:
@@ -83,11 +88,26 @@ class Listener:
         )
 
     def accept(self) -> socket.socket | None:
-        """The next client, None if there is none. Raises OSError when descriptors have run out."""
+        """The next client, None if there is none (or none that could be served)."""
         try:
             return self.sock.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
             return None
+        except OSError as e:
+            _log.error("xenstore: a client is turned away: %s", e)
+            self._turn_away()
+            return None
+
+    def _turn_away(self) -> None:
+        """Left in the backlog, the client would wake the loop again and again."""
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        try:
+            self.sock.accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass  # somebody else was faster; the next client tries again
 
     def close(self) -> None:
         """Stops listening and removes the file if it is still ours."""
@@ -99,3 +119,5 @@ class Listener:
             pass
         self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
         os.close(self._lock)
+        if self._spare >= 0:
+            os.close(self._spare)

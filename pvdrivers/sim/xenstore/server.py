@@ -7,7 +7,6 @@ data, which the owner of the loop calls with the mask.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import selectors
 import socket
@@ -24,7 +23,6 @@ from .watches import INTRODUCE, RELEASE, Watches
 
 __all__ = ["XenStoreServer", "XenStoreServerError"]
 
-_log = logging.getLogger(__name__)
 _ACCEPT_AT_ONCE = 16
 
 
@@ -46,9 +44,9 @@ class XenStoreServer:
         self.watches = Watches(self.nodes)
         self.domains: dict[int, Domain] = {0: Domain(0)}
         self.dirty: set[Connection] = set()  # has something to do because of others
-        self.doomed: list[Connection] = []  # to be closed when the request under way is done
+        self.doomed: set[Connection] = set()  # to be closed when the request under way is done
         self._connections: set[Connection] = set()
-        self._listeners: dict[Listener, bool] = {}  # and whether it is registered
+        self._listeners: list[Listener] = []
         self.busy = False  # a request is under way: what it leads to for others comes behind it
         self._self = Connection(self, None, self.domains[0])
         self.tree = DirectStore(self._self)
@@ -58,24 +56,12 @@ class XenStoreServer:
     def listen(self, path: str | os.PathLike[str]) -> None:
         """Accepts clients, all of them dom0, at a unix socket. Raises XenStoreServerError, OSError."""
         listener = Listener(path)
-        self._listeners[listener] = False
-        self._register(listener)
-
-    def _register(self, listener: Listener) -> None:
+        self._listeners.append(listener)
         self.selector.register(listener.sock, selectors.EVENT_READ, lambda _mask: self._accept(listener))
-        self._listeners[listener] = True
 
     def _accept(self, listener: Listener) -> None:
         for _ in range(_ACCEPT_AT_ONCE):
-            try:
-                sock = listener.accept()
-            except OSError as e:
-                # Out of descriptors: the client waits in the backlog until a connection ends.
-                _log.error("xenstore: cannot accept a client: %s", e)
-                if self._connections:
-                    self.selector.unregister(listener.sock)
-                    self._listeners[listener] = False
-                return
+            sock = listener.accept()
             if sock is None:
                 return
             self._connections.add(Connection(self, sock, self.domains[0]))
@@ -94,9 +80,6 @@ class XenStoreServer:
         """A connection has ended."""
         self._connections.discard(conn)
         self.dirty.discard(conn)
-        for listener, registered in self._listeners.items():
-            if not registered:
-                self._register(listener)
 
     def flush(self) -> None:
         """Sends what requests have queued for others, and does what that makes possible or necessary."""
@@ -169,9 +152,8 @@ class XenStoreServer:
 
     def close(self) -> None:
         """Ends all connections and removes the sockets. Harmless a second time."""
-        for listener, registered in self._listeners.items():
-            if registered:
-                self.selector.unregister(listener.sock)
+        for listener in self._listeners:
+            self.selector.unregister(listener.sock)
             listener.close()
         self._listeners.clear()
         for conn in list(self._connections):
