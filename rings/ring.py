@@ -177,6 +177,8 @@ def available(end: int) -> int:
     cons = e["cons"]
     # Pairs with the release in the peer's push: who sees the index sees the messages.
     n = distance(load_acquire32(e["peer_prod"]), cons)
+    if n == 0:
+        return 0
     return n if n <= e["credit"] + signed_distance(e["prod_pvt"], cons) else CORRUPT
 
 

@@ -1,0 +1,1 @@
+"""Measurements beside peers that do the same work."""
