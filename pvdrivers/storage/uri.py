@@ -27,7 +27,7 @@ MAX_SIZE: Final = 1 << 61
 bits.
 """
 
-_SIZE = re.compile(r"(\d{1,20})([KMGT]?)(i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,20})([KMGT]?)(i?B)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DEFAULT_SIZE = {"null": 1 << 30, "memory": 64 << 20}
 _XL_MODES = {"r": "r", "ro": "r", "w": "w", "rw": "w", "w!": "w!"}
