@@ -25,35 +25,49 @@ _event_notify = invoke(event_seam.event_notify)
 _event_unmask = invoke(event_seam.event_unmask)
 
 
+class EventMemory:
+    """The words of the ABI for one handle, and the context of the compiled functions over them."""
+
+    def __init__(self, limit: int, abi: int) -> None:
+        """`limit` ports of ABI_2L or ABI_FIFO."""
+        self.limit = limit
+        self.fifo = abi == k.ABI_FIFO
+        sizes = {
+            "ports": limit * 4, "sources": limit * 4, "shared": k.SHARED_INFO_SIZE, "words": limit * 4,
+            "control": k.CONTROL_SIZE, "tails": 64, "priorities": limit, "queues": limit, "heads": 64,
+        }  # fmt: skip
+        # Pages that are not touched cost nothing: most programs have a handful of ports.
+        self._size = sum(-(-size // 64) * 64 for size in sizes.values())
+        self._memory = at = windows.zeros(self._size)
+        self.record = np.zeros(1, k.EVENT_CTX)
+        for name, size in sizes.items():
+            self.record[name] = at
+            at += -(-size // 64) * 64
+        self.record["abi"], self.record["limit"] = abi, limit
+        self.ctx = int(self.record.ctypes.data)
+        self.notify_fds, self.wait_fds = self._table("ports", "u4"), self._table("sources", "u4")
+        self.priorities = self._table("priorities", "u1")
+
+    def _table(self, name: str, kind: str) -> np.ndarray:
+        return windows.view(int(self.record[name][0]), self.limit, kind)
+
+    def close(self) -> None:
+        """Unmap it all. Harmless a second time."""
+        if self._memory:
+            windows.unmap(self._memory, self._size)
+            self._memory = 0
+
+
 class SimEventChannel:
     """Ports of one handle (a connection of its own). Implements platform.EventChannel."""
 
     def __init__(self, hypercalls: Hypercalls, abi: str) -> None:
         """`hypercalls` is owned from here on; `abi` is "2l" or "fifo"."""
         self._xen = hypercalls
-        self._limit = hypercalls.limit
         self._fds: dict[int, tuple[int, int]] = {}  # port -> (to notify, to wait)
         self._epoll: select.epoll | None = None
-        # Untouched pages cost nothing: most programs have a handful of ports.
-        sizes = {
-            "ports": self._limit * 4, "sources": self._limit * 4, "shared": k.SHARED_INFO_SIZE,
-            "words": self._limit * 4, "control": k.CONTROL_SIZE, "tails": 64, "priorities": self._limit,
-            "queues": self._limit, "heads": 64,
-        }  # fmt: skip
-        self._size = sum(-(-size // 64) * 64 for size in sizes.values())
-        self._memory = at = windows.zeros(self._size)
-        self._ctx = np.zeros(1, k.EVENT_CTX)
-        for name, size in sizes.items():
-            self._ctx[name] = at
-            at += -(-size // 64) * 64
-        self._notify_fds, self._wait_fds = (
-            windows.view(int(self._ctx[name][0]), self._limit, "u4") for name in ("ports", "sources")
-        )
-        self._priorities = windows.view(int(self._ctx["priorities"][0]), self._limit, "u1")
-        self._ctx["abi"] = k.ABI_FIFO if abi == "fifo" else k.ABI_2L
-        self._ctx["limit"] = self._limit
-        self.ctx = int(self._ctx.ctypes.data)
-        """The context of the compiled functions."""
+        self.memory = EventMemory(hypercalls.limit, k.ABI_FIFO if abi == "fifo" else k.ABI_2L)
+        self.ctx = self.memory.ctx
 
     def _opened(self, port: int) -> int:
         try:
@@ -62,9 +76,9 @@ class SimEventChannel:
             self._xen.call(wire.EVTCHN_CLOSE, port)
             raise
         self._fds[port] = notify, wait
-        self._priorities[port] = k.FIFO_PRIORITY_DEFAULT
-        self._wait_fds[port] = wait + 1
-        self._notify_fds[port] = notify + 1
+        self.memory.priorities[port] = k.FIFO_PRIORITY_DEFAULT
+        self.memory.wait_fds[port] = wait + 1
+        self.memory.notify_fds[port] = notify + 1
         if self._epoll is not None:
             self._epoll.register(wait, select.EPOLLIN | select.EPOLLET)
         return port
@@ -84,7 +98,7 @@ class SimEventChannel:
         if port not in self._fds:
             raise PlatformError(f"event channel port {port}: not a port of this handle")
         notify, wait = self._fds.pop(port)
-        self._wait_fds[port] = self._notify_fds[port] = 0
+        self.memory.wait_fds[port] = self.memory.notify_fds[port] = 0
         if self._epoll is not None:
             self._epoll.unregister(wait)
         try:
@@ -101,9 +115,9 @@ class SimEventChannel:
 
     def set_priority(self, port: int, priority: int) -> None:
         """EVTCHNOP_set_priority, 0 (first) to 15, from the next time on that it is linked. FIFO only."""
-        if self._ctx["abi"][0] != k.ABI_FIFO or not 0 <= priority < k.FIFO_QUEUES or port not in self._fds:
+        if not self.memory.fifo or not 0 <= priority < k.FIFO_QUEUES or port not in self._fds:
             raise PlatformError(f"port {port}, priority {priority}: priorities are 0 to 15, of ports of the FIFO ABI")
-        self._priorities[port] = priority
+        self.memory.priorities[port] = priority
 
     def notify(self, port: int) -> None:
         """Signal the other end. Without one, nothing happens. PlatformError for a port that is not ours."""
@@ -150,7 +164,7 @@ class SimEventChannel:
 
     def pending(self) -> list[int]:
         """Deliver and take what is pending now: ports, each once, in the order of the ABI."""
-        for _ in range(self._limit // _EVENTS_AT_ONCE):
+        for _ in range(self.memory.limit // _EVENTS_AT_ONCE):
             if not self._poll(0):
                 break
         return self._take()
@@ -176,9 +190,7 @@ class SimEventChannel:
             for fd in fds:
                 os.close(fd)
         self._fds.clear()
-        if self._memory:
-            windows.unmap(self._memory, self._size)
-            self._memory = 0
+        self.memory.close()
 
 
 def ports_of(abi: str) -> int:
