@@ -135,6 +135,26 @@ class Journal:
             offset += n * JOURNAL_RECORD.itemsize
         return journal if offset <= size else None
 
+    @classmethod
+    def view(cls, buffer: mmap.mmap) -> Journal | None:
+        """Anybody's journal, for reading only; None if it is none, or none that this version can read."""
+        if len(buffer) < 4096:
+            return None
+        magic, version, queues, record_size, _, _ = _HEADER.unpack(buffer[: _HEADER.size])
+        if magic != MAGIC or version != VERSION or queues > MAX_QUEUES or record_size != JOURNAL_RECORD.itemsize:
+            return None
+        journal = cls(buffer, None)
+        for q in range(queues):
+            head = journal.queue(q)
+            if int(head["records"]) + int(head["nr_ents"]) * record_size > len(buffer):
+                return None
+        return journal
+
+    @property
+    def n_queues(self) -> int:
+        """How many queues it is for."""
+        return int(_HEADER.unpack(self._map[: _HEADER.size])[2])
+
     def queue(self, q: int) -> np.void:
         """The JOURNAL_QUEUE of queue q, a view."""
         at = _QUEUES_AT + q * JOURNAL_QUEUE.itemsize
