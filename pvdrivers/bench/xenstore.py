@@ -65,9 +65,7 @@ def _running(command: list[str], socket_path: Path, environ: dict[str, str]) -> 
     """A server while it is needed; yields its socket."""
     log = socket_path.with_suffix(".log")
     with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, env=environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
         give_up = time.monotonic() + _START_SECONDS
         while not socket_path.exists():
@@ -86,13 +84,14 @@ def _running(command: list[str], socket_path: Path, environ: dict[str, str]) -> 
 
 @contextlib.contextmanager
 def their_server(directory: Path) -> Iterator[Path]:
-    """C xenstored without a hypervisor; yields its socket. Raises PeerMissing."""
+    """C xenstored without a hypervisor; yields its socket, beside which guests' rings are. Raises PeerMissing."""
     program = find_program("xenstored")
     home = directory / "theirs"
     home.mkdir()
     environ = {
         **os.environ,
         "LD_PRELOAD": str(build_preload(directory)),
+        "PRELOAD_RINGS": str(home),
         "XENSTORED_RUNDIR": str(home),
         "XENSTORED_ROOTDIR": str(home),
     }
@@ -135,9 +134,7 @@ def visit(program: str, path: Path, iterations: int) -> dict[str, int]:
     )
     cases = {name: int(ns) for name, ns in _CASE.findall(done.stdout)}
     if done.returncode or not cases:
-        raise RuntimeError(
-            f"test-xenstore at {path} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-        )
+        raise RuntimeError(f"test-xenstore at {path} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return cases
 
 

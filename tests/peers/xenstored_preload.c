@@ -6,6 +6,9 @@
  * to everything, event channels exist and never fire, and the page is anonymous memory. Nothing that a client of the
  * socket can see is changed.
  *
+ * With PRELOAD_RINGS=DIR a test may be a guest: the ring page of domain N is the file DIR/ring-N, and any byte written
+ * to the FIFO DIR/kick is an event on some channel, upon which xenstored looks at all rings.
+ *
  *   gcc -O2 -shared -fPIC xenstored_preload.c -o preload.so -ldl            (headers: libxen-dev)
  *   LD_PRELOAD=./preload.so XENSTORED_RUNDIR=D XENSTORED_ROOTDIR=D xenstored -N --pid-file D/pid
  */
@@ -14,9 +17,12 @@
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <xenctrl.h>
 #include <xenevtchn.h>
@@ -26,8 +32,18 @@ enum { PAGE = 4096 };
 
 /* What the handles point to is never looked at by anybody but us. */
 static struct { int unused; } hypervisor, grants;
-static int silent = -1; /* stands for the event channel device: an eventfd that nobody writes to */
+static int channels = -1; /* stands for the event channel device: an eventfd that nobody writes to, or the FIFO */
 static int ports;
+
+static const char *ring_file(const char *name, unsigned int domid)
+{
+    static char path[4096];
+    const char *dir = getenv("PRELOAD_RINGS");
+
+    if (!dir || snprintf(path, sizeof(path), name, dir, domid) >= (int)sizeof(path))
+        return NULL;
+    return path;
+}
 
 /* The hypervisor: every domain is there and well. */
 
@@ -51,17 +67,22 @@ int xc_domain_getinfo(xc_interface *xch, uint32_t first, unsigned int count, xc_
     return 1;
 }
 
-/* Event channels: bound as often as one likes, silent for ever. */
+/* Event channels: bound as often as one likes, and silent but for the FIFO. */
 
 xenevtchn_handle *xenevtchn_open(struct xentoollog_logger *log, unsigned int flags)
 {
-    silent = eventfd(0, EFD_NONBLOCK);
-    return silent < 0 ? NULL : (xenevtchn_handle *)&silent;
+    const char *fifo = ring_file("%s/kick", 0);
+
+    if (fifo && mkfifo(fifo, 0600) == 0)
+        channels = open(fifo, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    else
+        channels = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return channels < 0 ? NULL : (xenevtchn_handle *)&channels;
 }
 
 int xenevtchn_fd(xenevtchn_handle *xce)
 {
-    return silent;
+    return channels;
 }
 
 xenevtchn_port_or_error_t xenevtchn_bind_virq(xenevtchn_handle *xce, unsigned int virq)
@@ -76,7 +97,8 @@ xenevtchn_port_or_error_t xenevtchn_bind_interdomain(xenevtchn_handle *xce, uint
 
 xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *xce)
 {
-    return -1;
+    char byte;
+    return read(channels, &byte, 1) == 1 ? ports : -1;
 }
 
 int xenevtchn_notify(xenevtchn_handle *xce, evtchn_port_t port)
@@ -94,7 +116,7 @@ int xenevtchn_unbind(xenevtchn_handle *xce, evtchn_port_t port)
     return 0;
 }
 
-/* Grants: a guest's ring page is a page of zeros, an idle ring. */
+/* Grants: a guest's ring page is a page of zeros, an idle ring, or the file. */
 
 xengnttab_handle *xengnttab_open(struct xentoollog_logger *log, unsigned flags)
 {
@@ -113,7 +135,17 @@ int xengnttab_set_max_grants(xengnttab_handle *xgt, uint32_t count)
 
 void *xengnttab_map_grant_ref(xengnttab_handle *xgt, uint32_t domid, uint32_t ref, int prot)
 {
-    void *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    const char *file = ring_file("%s/ring-%u", domid);
+    int fd = file ? open(file, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
+    void *page = MAP_FAILED;
+
+    if (fd < 0)
+        page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    else {
+        if (ftruncate(fd, PAGE) == 0)
+            page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        close(fd);
+    }
     return page == MAP_FAILED ? NULL : page;
 }
 

@@ -1,66 +1,88 @@
 """The same requests to C xenstored and to ours: the same replies and the same events.
 
-C xenstored runs without a hypervisor by tests/peers/xenstored_preload.c; its clients are all dom0 there. What a
-reply leaves to the server (transaction ids, generation counts, the order of events of one change) is made equal.
+C xenstored runs without a hypervisor by tests/peers/xenstored_preload.c. Two clients are dom0, on its socket; two are
+guests, on ring pages as in xs_wire.h. What is left to a server (transaction ids, generation counts, the order of the
+events of one change) is made equal.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvdrivers import xs_wire as wire
-from pvdrivers.bench.xenstore import PeerMissing, find_program, our_server, their_server
+from pvdrivers.bench.xenstore import PeerMissing, find_program, their_server
 
+RING = 1024  # XENSTORE_RING_SIZE
+REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD = 2048, 2052, 2056, 2060  # struct xenstore_domain_interface
+
+ROOT = b"/differ"
 NAMES = st.sampled_from([b"a", b"b", b"c"])
-# Each example works below a directory of its own; some paths are outside of it or no paths at all.
-PATHS = st.one_of(
-    st.lists(NAMES, min_size=1, max_size=3).map(lambda names: b"/".join([b"%ROOT%", *names])),
-    st.sampled_from([b"%ROOT%", b"%ROOT%/a/", b"%ROOT%//a", b"%ROOT%/a.b", b"", b"@x"]),
+BASES = st.sampled_from([ROOT, ROOT, ROOT, b"/local/domain/1", b"/local/domain/2"])
+INSIDE = st.builds(lambda base, names: b"/".join([base, *names]), BASES, st.lists(NAMES, min_size=1, max_size=3))
+RELATIVE = st.lists(NAMES, min_size=1, max_size=2).map(b"/".join)
+ODD = st.sampled_from([ROOT, ROOT + b"/a/", ROOT + b"//a", ROOT + b"/a.b", b"", b"/"])
+PATHS = st.one_of(INSIDE, INSIDE, RELATIVE, ODD)
+VALUES = st.sampled_from([b"", b"1", b"two", b"\0nul\0", b"x" * 2015, b"x" * 2016, b"x" * 3000])
+PERMS = st.lists(
+    st.sampled_from([b"n0", b"n1", b"n2", b"r0", b"r1", b"r2", b"b1", b"b2", b"w1", b"w2", b"z9", b"r"]),
+    min_size=1,
+    max_size=7,
 )
-VALUES = st.sampled_from([b"", b"1", b"two", b"\0nul\0", b"x" * 3000])
-PERMS = st.lists(st.sampled_from([b"n0", b"r1", b"b2", b"w3", b"n5", b"z9", b"r"]), min_size=1, max_size=3)
-WHO = st.integers(0, 1)  # which of two connections
+WHO = st.integers(0, 3)  # two of dom0, then domains 1 and 2
 TX = st.integers(0, 2)  # 0: none; otherwise the connection's transaction of that place, if it has one
-
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("write"), WHO, TX, PATHS, VALUES),
         st.tuples(st.just("write"), WHO, TX, PATHS, VALUES),
-        st.tuples(st.sampled_from(["read", "mkdir", "rm", "directory", "get_perms"]), WHO, TX, PATHS),
+        st.tuples(st.sampled_from(["read", "mkdir", "directory", "get_perms"]), WHO, TX, PATHS),
+        st.tuples(st.just("rm"), WHO, TX, PATHS.filter(lambda path: path != b"/")),
         st.tuples(st.just("directory_part"), WHO, TX, PATHS, st.sampled_from([b"0", b"2", b"99"])),
-        # C xenstored 4.17 answers a special path that it does not know with whatever errno was left over.
-        st.tuples(st.just("set_perms"), WHO, TX, PATHS.filter(lambda path: path != b"@x"), PERMS),
+        st.tuples(st.just("set_perms"), WHO, TX, PATHS.filter(lambda path: path != b"/"), PERMS),
         st.tuples(st.sampled_from(["watch", "unwatch"]), WHO, TX, PATHS, st.sampled_from([b"t", b"u"])),
+        st.tuples(st.sampled_from(["watch", "unwatch"]), WHO, TX, st.just(b"@releaseDomain"), st.just(b"t")),
         st.tuples(st.just("begin"), WHO, TX),
         st.tuples(st.just("end"), WHO, TX, st.sampled_from([b"T", b"F", b"T", b"X"])),
+        st.tuples(st.just("is_domain_introduced"), WHO, TX, st.sampled_from([b"0", b"1", b"7"])),
+        st.tuples(st.just("again"), st.sampled_from([2, 3]), TX),
     ),
     max_size=40,
 )
 
 
-class Client:
-    """One connection, plain and blocking."""
+class Client(Protocol):
+    events: list[bytes]
 
-    def __init__(self, path: Path) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
-        self.sock.connect(str(path))
-        self.buffer = b""
+    def ask(self, type_: int, payload: bytes, tx: int = 0) -> tuple[int, bytes]: ...
+
+
+class Sorted:
+    """Sorts what arrives into a reply and events."""
+
+    def __init__(self) -> None:
         self.events: list[bytes] = []
-        self.transactions: list[int] = []
+        self.buffer = b""
+
+    def send(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def receive(self) -> bytes:
+        raise NotImplementedError
 
     def ask(self, type_: int, payload: bytes, tx: int = 0) -> tuple[int, bytes]:
-        self.sock.sendall(wire.pack(type_, 1, tx, payload))
+        self.send(wire.pack(type_, 1, tx, payload))
         while True:
             while (found := wire.unpack(self.buffer)) is None:
-                data = self.sock.recv(65536)
+                data = self.receive()
                 assert data, "the server closed the connection"
                 self.buffer += data
             message, end = found
@@ -71,27 +93,145 @@ class Client:
             self.events.append(message.payload)
 
 
-class Store:
-    """A server seen through two connections."""
+class Socket(Sorted):
+    """dom0 at xenstored's socket."""
 
     def __init__(self, path: Path) -> None:
-        self.clients = [Client(path), Client(path)]
+        super().__init__()
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect(str(path))
 
-    def step(self, root: bytes, step: tuple[Any, ...]) -> tuple[int, bytes]:
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def receive(self) -> bytes:
+        return self.sock.recv(65536)
+
+
+class Ring(Sorted):
+    """A guest on its ring page."""
+
+    def __init__(self, directory: Path, domid: int) -> None:
+        super().__init__()
+        with open(directory / f"ring-{domid}", "r+b") as file:
+            self.page = mmap.mmap(file.fileno(), 4096)
+        self.kick = os.open(directory / "kick", os.O_WRONLY | os.O_CLOEXEC)
+
+    def index(self, offset: int) -> int:
+        return int.from_bytes(self.page[offset : offset + 4], "little")
+
+    def advance(self, offset: int, count: int) -> None:
+        self.page[offset : offset + 4] = ((self.index(offset) + count) & 0xFFFFFFFF).to_bytes(4, "little")
+        os.write(self.kick, b"!")
+
+    def wait(self, ready: Callable[[], int]) -> int:
+        give_up = time.monotonic() + 10
+        while not (count := ready()):
+            assert time.monotonic() < give_up, "xenstored does not look at the ring"
+            time.sleep(0.00005)
+        return count
+
+    def send(self, data: bytes) -> None:
+        while data:
+            room = self.wait(lambda: RING - (self.index(REQ_PROD) - self.index(REQ_CONS)) % 2**32)
+            at = self.index(REQ_PROD) % RING
+            part = data[: min(room, RING - at)]
+            self.page[at : at + len(part)] = part
+            self.advance(REQ_PROD, len(part))
+            data = data[len(part) :]
+
+    def receive(self) -> bytes:
+        count = self.wait(lambda: (self.index(RSP_PROD) - self.index(RSP_CONS)) % 2**32)
+        at = self.index(RSP_CONS) % RING
+        data = self.page[RING + at : RING + at + min(count, RING - at)]
+        self.advance(RSP_CONS, len(data))
+        return data
+
+    def close(self) -> None:
+        self.page.close()
+        os.close(self.kick)
+
+
+class Stepped(Sorted):
+    """A client of our store in this process."""
+
+    def __init__(self, peer: Any) -> None:
+        super().__init__()
+        self.peer = peer
+
+    def send(self, data: bytes) -> None:
+        assert self.peer.send(data)
+
+    def receive(self) -> bytes:
+        self.peer.store.step()
+        return bytes(self.peer.sock.recv(1 << 20))
+
+
+class Store:
+    """A server seen by four clients. `guest` makes the client of a domain that has just been introduced."""
+
+    def __init__(self, dom0: list[Client], guest: Callable[[int], Client]) -> None:
+        self.guest = guest
+        self.clients = dom0
+        self.transactions: list[list[int]] = [[], []]
+
+    def introduce(self, domid: int) -> Client:
+        assert self.clients[0].ask(wire.XS_INTRODUCE, b"%d\0001\0002\0" % domid)[1] == b"OK\0"
+        return self.guest(domid)
+
+    def begin(self) -> None:
+        for domid in (1, 2):
+            self.clients.append(self.introduce(domid))
+            self.transactions.append([])
+            home = b"/local/domain/%d\0" % domid
+            self.clients[0].ask(wire.XS_WRITE, home)
+            self.clients[0].ask(wire.XS_SET_PERMS, home + b"n%d\0" % domid)
+        self.clients[0].ask(wire.XS_WRITE, ROOT + b"\0")
+        self.clients[0].ask(wire.XS_SET_PERMS, ROOT + b"\0n0\0b1\0r2\0")
+        self.heard()
+
+    def end(self) -> None:
+        for client in self.clients[:2]:
+            client.ask(wire.XS_RESET_WATCHES, b"\0")
+        for domid in (1, 2):
+            self.release(domid)
+        for path in (ROOT, b"/local"):
+            self.clients[0].ask(wire.XS_RM, path + b"\0")
+        self.clients[0].ask(wire.XS_WRITE, b"/\0")
+        del self.clients[2:]
+        self.transactions = [[], []]
+        self.heard()
+
+    def release(self, domid: int) -> tuple[int, bytes]:
+        reply = self.clients[0].ask(wire.XS_RELEASE, b"%d\0" % domid)
+        client = self.clients[1 + domid]
+        if isinstance(client, Ring):
+            client.close()
+        return reply
+
+    def step(self, step: tuple[Any, ...]) -> tuple[int, bytes]:
         what, who, place = step[:3]
-        rest = step[3:]
+        words = step[3:]
         client: Client = self.clients[who]
-        tx = client.transactions[place - 1] if 0 < place <= len(client.transactions) else 0
-        words = [word.replace(b"%ROOT%", root) if isinstance(word, bytes) else word for word in rest]
+        open_ = self.transactions[who]
+        tx = open_[place - 1] if 0 < place <= len(open_) else 0
+        if what == "again":  # the domain dies, and another one gets its number
+            reply = self.release(who - 1)
+            self.clients[who] = self.introduce(who - 1)
+            open_.clear()
+            return reply
         if what == "write":
             return client.ask(wire.XS_WRITE, words[0] + b"\0" + words[1], tx)
         if what == "begin":
             type_, payload = client.ask(wire.XS_TRANSACTION_START, b"\0")
-            client.transactions.append(int(payload.rstrip(b"\0")))
+            if type_ == wire.XS_ERROR:
+                return type_, payload
+            open_.append(int(payload.rstrip(b"\0")))
             return type_, b""
         if what == "end":
             if tx and words[0] != b"X":
-                client.transactions.remove(tx)
+                open_.remove(tx)
             return client.ask(wire.XS_TRANSACTION_END, words[0] + b"\0", tx)
         if what == "set_perms":
             return client.ask(wire.XS_SET_PERMS, wire.join(words[0], *words[1]), tx)
@@ -101,7 +241,7 @@ class Store:
         return type_, payload
 
     def heard(self) -> list[list[bytes]]:
-        """Events of each connection; a request that nothing hears of flushes them."""
+        """Events of each client; a request that nothing hears of flushes them."""
         for client in self.clients:
             client.ask(wire.XS_GET_DOMAIN_PATH, b"0\0")
         events = [sorted(client.events) for client in self.clients]
@@ -109,26 +249,16 @@ class Store:
             client.events.clear()
         return events
 
-    def tidy(self, root: bytes) -> None:
-        for client in self.clients:
-            client.ask(wire.XS_RESET_WATCHES, b"\0")
-            client.transactions.clear()
-        self.clients[0].ask(wire.XS_RM, root + b"\0")
-        self.heard()
-
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, Store]]:
-    # A unix socket's path is short.
-    directory = tmp_path_factory.mktemp("x")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     try:
         find_program("xenstored")
-        with our_server(directory) as ours, their_server(directory) as theirs:
-            pair = Store(ours), Store(theirs)
-            yield pair
-            for store in pair:
-                for client in store.clients:
-                    client.sock.close()
+        with their_server(tmp_path_factory.mktemp("x")) as path:
+            clients = [Socket(path), Socket(path)]
+            yield Store([*clients], lambda domid: Ring(path.parent, domid))
+            for client in clients:
+                client.sock.close()
     except PeerMissing as e:
         pytest.skip(str(e))
 
@@ -137,16 +267,21 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, St
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(STEPS)
-def test_same_replies_and_events(stores: tuple[Store, Store], steps: list[tuple[Any, ...]]) -> None:
-    ours, theirs = stores
-    root = b"/differ"
+def test_same_replies_and_events(theirs: Store, new_store: Callable[..., Any], steps: list[tuple[Any, ...]]) -> None:
+    embedded = new_store()
+    ours = Store(
+        [Stepped(embedded.connect()), Stepped(embedded.connect())],
+        lambda domid: Stepped(embedded.connect(domid)),
+    )
+    stores = (ours, theirs)
     try:
         for store in stores:
-            assert store.clients[0].ask(wire.XS_WRITE, root + b"\0")[1] == b"OK\0"
+            store.begin()
         for step in steps:
-            assert ours.step(root, step) == theirs.step(root, step), step
+            assert ours.step(step) == theirs.step(step), step
             mine, other = ours.heard(), theirs.heard()
             assert mine == other, step
+        assert embedded.server.nodes.check() == []
     finally:
-        for store in stores:
-            store.tidy(root)
+        theirs.end()
+        embedded.close()

@@ -268,6 +268,9 @@ def machine(new_store: Callable[..., Any]) -> type[RuleBasedStateMachine]:
 
             self.check(who, self.peers[who].end(tx, commit), expected)
 
+        def teardown(self) -> None:
+            self.store.close()
+
         @invariant()
         def same(self) -> None:
             assert self.store.server.nodes.check() == []
