@@ -199,6 +199,9 @@ class Blkfront(Life):
             pending.status = -errno.EIO
             _settle(pending, self.failure or self.name)
 
+    def _outstanding(self) -> bool:
+        return bool(self._pending)
+
     def _resized(self) -> None:
         if self.on_resize is not None:
             self.on_resize(self.info.size)

@@ -96,6 +96,9 @@ class Life:
     def _fail_all(self) -> None:
         raise NotImplementedError
 
+    def _outstanding(self) -> bool:
+        raise NotImplementedError
+
     def _resized(self) -> None:
         raise NotImplementedError
 
@@ -186,10 +189,10 @@ class Life:
 
     def _step(self) -> bool:
         """One look at the backend, and what follows from it. True if the state has changed: look again."""
-        if self.platform.store.read(f"{self.path}/backend") is None:
+        theirs = self._their_state()
+        if self.platform.store.read(f"{self.path}/backend-id") is None:
             self._fail(f"disk {self.name} has been detached")
             return False
-        theirs = self._their_state()
         if isinstance(theirs, BadState):
             raise ProtocolViolation(self._backend_id, f"vbd {self.name}", f"backend state is {theirs.text}")
         if theirs is XenbusState.Unknown:
@@ -283,6 +286,7 @@ class Life:
         if sectors != self.info.sectors:
             self.info = keys.resized(self.info, sectors)
             self._resized()
+            self._entered(self.state)
 
     def _suspend(self, patience: float) -> None:
         """Leave the ring, and remember what is in flight. A backend that closes in order may finish it first."""
@@ -311,7 +315,7 @@ class Life:
         return sum(queue.in_flight for queue in self.queues if not queue.borrowed)
 
     def _busy(self) -> bool:
-        return self.state is XenbusState.Connected and self._in_flight() > 0
+        return self.state is XenbusState.Connected and self._outstanding()
 
     # When it goes wrong
 
@@ -354,6 +358,8 @@ class Life:
         store = self.platform.store
         path, domid = store.read(f"{self.path}/backend"), store.read(f"{self.path}/backend-id")
         if path is None or domid is None or not domid.isdigit():
+            if self._backend:
+                raise ConfigError(f"disk {self.name} has been detached")
             raise ConfigError(f"disk {self.name}: no backend and backend-id in {self.path}; attach it first")
         before, self._backend = self._backend, path.decode()
         self._backend_id = int(domid)

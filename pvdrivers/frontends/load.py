@@ -265,7 +265,8 @@ class Load:
             worker = _Worker(disk, i, plan, self.ledger, i * share, mine)
             if plan.requests is not None:
                 # A share in proportion: with one request a block every block gets exactly one.
-                worker.record[0]["most"] = max(1, plan.requests * mine // blocks)
+                before, after = plan.requests * share * i, plan.requests * (share * i + mine)
+                worker.record[0]["most"] = max(1, after // blocks - before // blocks)
             self._workers.append(worker)
         self._threads: list[threading.Thread] = []
         self._timer: threading.Timer | None = None
