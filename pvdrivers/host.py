@@ -105,8 +105,8 @@ class Host:
     def _wake(self) -> None:
         try:
             os.write(self._wake_write, b"\0")
-        except BlockingIOError:
-            pass  # full, so it will wake
+        except (BlockingIOError, BrokenPipeError):
+            pass  # full, so it will wake; or closed, and this is a job that finished too late
 
     # The loop
 
@@ -127,7 +127,7 @@ class Host:
             self._hand_over()
         finally:
             self._selector.unregister(alerts)
-            self.close()
+            self.claims.close()
         if self._error is not None:
             raise self._error
 
@@ -172,12 +172,13 @@ class Host:
                 life.fault(violation)
 
     def close(self) -> None:
-        """Give back claims and descriptors."""
+        """Give back claims and descriptors, after run() and once no signal handler calls here any more.
+
+        One end of the pipe stays open: a job that finishes late writes to it, and must not hit somebody's file.
+        """
         self.claims.close()
         self._selector.close()
         os.close(self._wake_read)
-        # The other end stays open: a job that finishes late still writes to it, and must not hit a file of
-        # others.
 
     def _hand_over(self) -> None:
         left = set(self.lives)

@@ -214,7 +214,7 @@ class Life:
         """After a fault: let go of the rings at once, then say Closing, and wait for the frontend."""
 
         def dropped(result: Any, error: BaseException | None) -> None:
-            self._nodes.report(why)
+            self._nodes.report(why, logged=True)
             if ours not in (S.Unknown, S.Closing, S.Closed):
                 self._publish(ours, {}, S.Closing)
             self._fresh = False

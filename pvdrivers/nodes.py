@@ -92,13 +92,13 @@ class Nodes:
         self._published |= keys.keys()
         return bool(store.transaction(write))
 
-    def report(self, text: str, hotplug: bool = False) -> None:
-        """Tell the operator, once for each text: in the log, where Linux does, and for a failed attach to
-        libxl."""
+    def report(self, text: str, *, hotplug: bool = False, logged: bool = False) -> None:
+        """Tell the operator, once for each text: in the log, where Linux does, and to libxl if `hotplug`."""
         if text == self.reported:
             return
         self.reported = text
-        log.error("%s: %s", self.ident, text)
+        if not logged:
+            log.error("%s: %s", self.ident, text)
         store, path = self._control.store, self.ident.backend_path
         short = text.encode()[:_MOST_TEXT]
         store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
                 host.run(ready)
             finally:
                 pool.stop()
+        host.close()
     except OSError as e:
         raise PlatformError(str(e)) from e
     finally:

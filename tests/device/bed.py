@@ -98,8 +98,9 @@ class Guest:
             ):
                 self.dom0.mkdir(path, tx)
                 self.dom0.set_perms(path, perms, tx)
-            front: dict[str, str | int] = {"backend": self.back, "backend-id": 0, "virtual-device": self.devid, "state": 1}
+            front: dict[str, str | int] = {"backend": self.back, "backend-id": 0, "virtual-device": self.devid}
             back: dict[str, str | int] = {"frontend": self.front, "frontend-id": self.domid, "online": 1, "mode": "w"}
+            front |= {"state": 1}
             back |= {**keys, "state": 1}
             for key, value in front.items():
                 self.dom0.write(f"{self.front}/{key}", value, tx)
