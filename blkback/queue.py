@@ -13,12 +13,12 @@ import numpy as np
 from pvdrivers.platform import SEAM
 from pvdrivers.worker.grants import (
     acquire,
-    can_bounce,
     copy_segments,
     op_at,
     pop_block,
     purge_cache,
     release,
+    reserve_bounce,
 )
 from pvdrivers.worker.histogram import bucket_of
 from pvdrivers.worker.journal import (
@@ -105,13 +105,11 @@ def _prepare(wa: int, ra: int, qa: int, index: int, payload: int) -> bool:
     indirect = i64(op["operation"]) == OP_INDIRECT
     # As offered, whatever the request says: `plan` rejects more.
     pages = min(i64(op["nr_segments"]), disk_at(ring["device"])["max_segments"]) if indirect else i64(11)
-    if ring["policy"] == POLICY_COPY and not can_bounce(wa, pages):
+    if indirect and worker_at(wa)["blocks_n"] == 0:
         return False
-    block = i64(0)
-    if indirect:
-        block = pop_block(wa)
-        if block == 0:
-            return False
+    if ring["policy"] == POLICY_COPY and not reserve_bounce(wa, pages):
+        return False
+    block = pop_block(wa) if indirect else i64(0)
     req = req_at(qa)
     req["ring"], req["index"], req["taken"] = ra, index, worker_at(wa)["now"]
     req["failed"] = 0

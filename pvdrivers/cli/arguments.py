@@ -66,6 +66,12 @@ def _serve(verbs: Verbs) -> None:
         help="serve only these device classes, such as vbd (default: all)",
     )
     verb.add_argument(
+        "--io",
+        choices=("auto", "threads"),
+        default="auto",
+        help="auto: io_uring, or threads where that is refused; threads: always",
+    )
+    verb.add_argument(
         "--workers", type=_positive, metavar="N", help="data-plane threads (default: chosen from the cores)"
     )
     verb.add_argument(

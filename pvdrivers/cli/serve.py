@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         platform = open_platform("xen")
     try:
-        pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0)
+        pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0, software=args.io == "threads")
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict}
         context = Context(platform, pool, run_dir, options)
         host = Host(context, table, domains=args.domains, connect_store=_connector(platform, run_dir,

@@ -229,14 +229,18 @@ def copy_segments(wa: int, qa: int, to_guest: int) -> None:
 
 
 @inline
-def can_bounce(wa: int, pages: int) -> bool:
-    """Whether so many bounce pages are free. If not, the request stays on the ring."""
-    return worker_at(wa)["bounce_n"] >= pages
+def reserve_bounce(wa: int, pages: int) -> bool:
+    """Set so many bounce pages aside for this pass. False if they are not free: the request stays on the ring."""
+    w = worker_at(wa)
+    if w["bounce_n"] - w["bounce_reserved"] < pages:
+        return False
+    w["bounce_reserved"] += pages
+    return True
 
 
 @inline
 def _acquire_bounce(wa: int, qa: int) -> None:
-    """One bounce page a segment, and for a write the data in it. can_bounce was asked before."""
+    """One bounce page a segment, and for a write the data in it. They were reserved."""
     req = req_at(qa)
     for k in range(req["nseg"]):
         op_at(req["ops"], k)["address"] = _pop_bounce(wa)
@@ -277,6 +281,7 @@ def acquire(wa: int, ra: int, n: int) -> None:
         for i in range(n):
             if req_at(reqs[i])["nseg"] > 0:
                 _acquire_bounce(wa, reqs[i])
+        w["bounce_reserved"] = 0
     else:
         _acquire_map(wa, n)
     for i in range(n):

@@ -56,6 +56,7 @@ WORKER = np.dtype(
         ("bounce", "i8"),  # address of the bounce pages
         ("bounce_free", "i8"),  # i4 stack of free bounce pages
         ("bounce_n", "i8"),  # how many are free
+        ("bounce_reserved", "i8"),  # of these, for requests of this pass
         ("blocks_free", "i8"),  # i8 stack of addresses of free BLOCKs, for requests of many segments
         ("blocks_n", "i8"),
         ("leaving", "i8"),  # rings that are to be detached are still on a list
