@@ -56,7 +56,7 @@ class FileStore(Store):
         self.path = spec.path
         st = _look(spec)
         self.block = stat.S_ISBLK(st.st_mode)
-        self.fd = self._open(spec, patience)
+        self.fd = self._open(spec, identity, patience)
         try:
             # io_uring answers EAGAIN instead of waiting for a file that is not blocking.
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
@@ -73,7 +73,7 @@ class FileStore(Store):
             os.close(self.fd)
             raise
 
-    def _open(self, spec: DiskSpec, patience: Patience) -> int:
+    def _open(self, spec: DiskSpec, identity: str, patience: Patience) -> int:
         flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # nonblocking: should it be a FIFO by now
         flags |= os.O_RDONLY if spec.readonly else os.O_RDWR
         if self.block and spec.mode == "w":
@@ -87,10 +87,19 @@ class FileStore(Store):
             except OSError as e:
                 if e.errno == errno.EINVAL and direct and spec.direct == "auto":
                     direct = 0
-                elif e.errno == errno.EBUSY and patience.more(f"exclusive use of {self.path}"):
-                    continue
-                else:
+                elif not (e.errno == errno.EBUSY and self._held_by_backend(identity, patience)):
                     raise _refused(e, spec) from e
+
+    def _held_by_backend(self, identity: str, patience: Patience) -> bool:
+        """Exclusive use is refused: wait a little if a backend has it, dead or alive; False if a mount does.
+
+        Raises DeviceBusyError or DrainingError when it has been long enough.
+        """
+        probe = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return Locks(probe, self.path, identity, mode="w").wait_for_others(patience)
+        finally:
+            os.close(probe)
 
     def _measure(self) -> int:
         """The size in bytes."""

@@ -193,6 +193,14 @@ class Locks:
         self._take(patience, self._take_qemu)
         self.fenced = qemu  # without QEMU's bytes a restart is still safe
 
+    def wait_for_others(self, patience: Patience) -> bool:
+        """Is there a lock of somebody else's? Then wait a little. Raises as `acquire` does."""
+        trouble = self._take_fence() or self._take_flock()
+        if trouble is None:
+            return patience.more(f"exclusive use of {self.path}")
+        self._give_up_unless(patience, trouble)
+        return True
+
     def _take(self, patience: Patience, step: Callable[[], Trouble | None]) -> None:
         while True:
             try:
