@@ -55,9 +55,7 @@ def test_format_writes_what_the_header_says_and_no_more() -> None:
     memory = Guarded(HEADER_SIZE + 8).fill(b"\xff" * (HEADER_SIZE + 8))
     ring.format_page(memory.address)
     memory.check()
-    assert memory.bytes.tobytes() == bytes(
-        [0] * 4 + [1, 0, 0, 0] + [0] * 4 + [1, 0, 0, 0] + [0] * 48 + [255] * 8
-    )
+    assert memory.bytes.tobytes() == bytes([0] * 4 + [1, 0, 0, 0] + [0] * 4 + [1, 0, 0, 0] + [0] * 48 + [255] * 8)
 
 
 @given(INDEX, st.integers(0, 12), st.sampled_from([1, 2, 8]))
@@ -98,9 +96,7 @@ def ends(draw: st.DrawFn) -> dict[str, Any]:
     unanswered = draw(st.integers(0, nr_ents))
     prod_pvt = (cons - unanswered if back else cons + unanswered) % WRAP
     most = nr_ents - unanswered if back else unanswered
-    near = st.sampled_from(
-        [-2, -1, 0, 1, most - 1, most, most + 1, most + 2, nr_ents, nr_ents + 1, 2 * nr_ents]
-    )
+    near = st.sampled_from([-2, -1, 0, 1, most - 1, most, most + 1, most + 2, nr_ents, nr_ents + 1, 2 * nr_ents])
     ahead = draw(st.one_of(near, st.sampled_from([2**31 - 1, 2**31, 2**31 + 1]), st.integers(0, WRAP - 1)))
     return {
         "back": back,
