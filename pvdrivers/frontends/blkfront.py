@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pvdrivers.platform import Platform
 from pvdrivers.worker.histogram import percentile
 from rings import blkif
+from rings.jit import JIT
 
 from .blkfront_io import CARRY_DATA, OPERATIONS, Io, Pending, cut, most_bytes, records_of
 from .blkfront_keys import revoked
@@ -279,6 +280,17 @@ def _settle(pending: Pending, what: str) -> None:
         pending.future.set_exception(OSError(-pending.status, text))
     else:
         pending.future.set_result(pending.io.length)
+
+
+def warm() -> None:
+    """Compile all that a disk and its load generator need, so that nothing is compiled later."""
+    from . import blkfront_kernels, load_kernels
+
+    if not JIT:
+        return
+    for module, arguments in ((blkfront_kernels, blkfront_kernels.ARGUMENTS), (load_kernels, load_kernels.ARGUMENTS)):
+        for name, text in arguments.items():
+            getattr(module, name).compile(text)
 
 
 assert set(CARRY_DATA) < set(OPERATIONS.values())

@@ -351,10 +351,8 @@ def reap(qa: int, out: int, limit: int, now: int) -> int:
         done["tag"] = shadow["io"]["tag"]
         done["op"] = op
         done["latency"] = now - shadow["started"]
-        done["status"] = 0
-        if not okay:
-            done["status"] = -_EOPNOTSUPP if status == RSP_EOPNOTSUPP & 0xFFFF else -_EIO
-            q["errors"] += 1
+        done["status"] = 0 if okay else -_EOPNOTSUPP if status == RSP_EOPNOTSUPP & 0xFFFF else -_EIO
+        q["errors"] += 0 if okay else 1
         kind = KIND_READ if op == OP_READ else KIND_WRITE if op == OP_WRITE else KIND_OTHER
         q["requests"][kind] += 1
         if op != OP_FLUSH_DISKCACHE and okay:
@@ -391,3 +389,12 @@ def wait(qa: int, timeout_ms: int) -> int:
             q["wakeups"] += 1
         call(q["event_unmask"], q["event_ctx"], q["port"], 0, 0)
     return n
+
+
+ARGUMENTS = {
+    "start_all": "(int64, int64, int64, int64)",
+    "reap": "(int64, int64, int64, int64)",
+    "arm": "(int64,)",
+    "wait": "(int64, int64)",
+}
+"""What Python calls, and with what, for warm()."""

@@ -343,3 +343,11 @@ def run(la: int, until: int) -> int:
                         return SLICE  # a signal: Python's handlers run
         if now >= until:
             return SLICE
+
+
+ARGUMENTS = {
+    "run": "(int64, int64)",
+    "stamp": "(int64, int64, int64, int64, int64, boolean)",
+    "first_bad": "(int64, int64, int64, int64, int64, boolean)",
+}
+"""What Python calls, and with what, for warm()."""

@@ -1,0 +1,205 @@
+"""``pvdrivers guest``: act as the toolstack, then be the guest with blkfront, and export its disks by NBD if asked."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pvdrivers import sim
+from pvdrivers.errors import ConfigError, PlatformError, PvError
+from pvdrivers.frontends.blkfront import Blkfront, Io
+from pvdrivers.frontends.watches import Watches
+from pvdrivers.nbd.server import NbdServer
+from pvdrivers.platform import open_platform
+from pvdrivers.sim import toolstack
+from pvdrivers.storage.uri import DiskSpec, parse_disk
+from rings.vdev import vdev_name, vdev_number
+
+_CONNECT = 30.0  # seconds; a backend may have to open an image on a slow disk
+_DETACH = 10.0
+_LOOK = 1.0  # seconds between looks at disks that may have failed
+
+
+def run(args: argparse.Namespace) -> int:
+    """Until SIGINT or SIGTERM; then everything is taken down in order."""
+    specs = [parse_disk(text) for text in args.disks]
+    indirect: bool | int = True if args.indirect is None else args.indirect
+    with Guest(args.run_dir, memory_mib=args.memory) as guest:
+        for spec in specs:
+            disk = guest.attach(
+                spec,
+                queues=args.queues,
+                ring_order=args.ring_order,
+                abi=args.abi,
+                persistent=args.persistent,
+                indirect=indirect,
+                trusted=not args.untrusted_backend,
+            )
+            print(describe(disk), flush=True)
+        server = None
+        if args.nbd is not None:
+            server = NbdServer(args.nbd, {disk.name: Export(disk) for disk in guest.disks})
+            print(f"nbd: unix:{args.nbd}", flush=True)
+        try:
+            _stay(guest)
+        except KeyboardInterrupt:
+            pass  # as good a way to end this as SIGTERM
+        finally:
+            if server is not None:
+                server.close()
+    return 0
+
+
+def _stay(guest: Guest) -> None:
+    """Until a signal ends it. A disk that fails is told of once."""
+    told: set[str] = set()
+    while True:
+        threading.Event().wait(_LOOK)
+        for disk in guest.disks:
+            if disk.failure and disk.name not in told:
+                told.add(disk.name)
+                print(f"pvdrivers: {disk.name}: {disk.failure}", file=sys.stderr, flush=True)
+
+
+def describe(disk: Blkfront) -> str:
+    """One line: what the disk is, and how it is connected."""
+    info = disk.info
+    size = f"{info.size >> 20} MiB" if info.size % (1 << 20) == 0 else f"{info.size} bytes"
+    pages = 1 << disk.ring_order
+    parts = [
+        size,
+        f"{len(disk.queues)} queue{'s' * (len(disk.queues) > 1)}",
+        f"rings of {pages} page{'s' * (pages > 1)}",
+        "persistent grants" if disk.persistent else "a grant a request",
+        f"{disk.max_segments} segments",
+    ]
+    if info.sector_size != 512:
+        parts.append(f"sectors of {info.sector_size} bytes")
+    parts += [word for word, true in (("read-only", info.readonly), ("CD-ROM", info.cdrom)) if true]
+    return f"{disk.name}: {', '.join(parts)}"
+
+
+class Guest:
+    """A domain of the embedded Xen with disks; a context manager that takes it down in order."""
+
+    def __init__(self, run_dir: Path, *, memory_mib: int) -> None:
+        """Raises PlatformError if there is no embedded Xen in `run_dir`."""
+        if not (run_dir / "xenstored").exists():
+            raise PlatformError(
+                f"no embedded Xen in {run_dir}: start one with `pvdrivers sim --run-dir {run_dir}`,"
+                f" and backends with `pvdrivers serve --run-dir {run_dir}`"
+            )
+        self.disks: list[Blkfront] = []
+        self._backends: list[str] = []
+        self._toolstack = sim.open(run_dir)
+        try:
+            domain = toolstack.create_domain(self._toolstack, memory_mib=memory_mib)
+            self.domid = domain.domid
+            self._platform = open_platform("sim", run_dir=run_dir, domid=domain.domid, token=domain.token)
+            self._watches = Watches(self._platform.store)
+        except BaseException:
+            self._toolstack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def attach(self, spec: DiskSpec, **options: Any) -> Blkfront:
+        """Attach a disk, wait for its backend, and connect. `options` are Blkfront's. Raises PvError."""
+        vdev = spec.vdev or self._next_name()
+        try:
+            devid = vdev_number(vdev)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        trusted = options.get("trusted", True)
+        backend = toolstack.attach_vbd(
+            self._toolstack.store,
+            self.domid,
+            devid,
+            spec.text(),
+            mode=spec.mode,
+            device_type="cdrom" if spec.cdrom else "disk",
+            be={"dev": vdev_name(devid), "removable": int(spec.removable), "discard-enable": int(spec.discard)},
+            fe={"trusted": int(trusted)},
+        )
+        self._backends.append(backend)
+        disk = Blkfront(self._platform, devid, watches=self._watches, **options)
+        self.disks.append(disk)
+        try:
+            disk.connect(_CONNECT)
+        except PvError as error:
+            raise PvError(f"{error}{self._backend_error(backend)}") from error
+        return disk
+
+    def _next_name(self) -> str:
+        taken = {disk.name for disk in self.disks}
+        return next(name for i in range(1 << 16) if (name := vdev_name(1 << 28 | i << 8)) not in taken)
+
+    def _backend_error(self, backend: str) -> str:
+        """What the backend has to say, where Linux's xenbus_dev_error puts it."""
+        node = backend.removeprefix("/local/domain/0/")
+        text = self._toolstack.store.read(f"/local/domain/0/error/{node}/error")
+        return "" if text is None else f" It says: {text.decode(errors='replace')}"
+
+    def close(self) -> None:
+        """Close the disks, detach them, destroy the domain. Signals have to wait meanwhile."""
+        before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            for disk in self.disks:
+                disk.close()
+            for backend in self._backends:
+                if not toolstack.detach(self._toolstack.store, backend, timeout=_DETACH, force=True):
+                    print(f"pvdrivers: {backend}: the backend did not let go of it", file=sys.stderr)
+            self._watches.close()
+            self._platform.close()
+            if any(domain.domid == self.domid for domain in toolstack.list_domains(self._toolstack.hypercalls)):
+                toolstack.destroy(self._toolstack, self.domid)
+            else:
+                toolstack.clean(self._toolstack.store, self.domid)
+        except (OSError, PlatformError) as error:
+            print(f"pvdrivers: domain {self.domid} could not be taken down in order: {error}", file=sys.stderr)
+        finally:
+            self._toolstack.close()
+            for number, handler in before:
+                signal.signal(number, handler)
+
+
+class Export:
+    """A disk as the NBD server wants it."""
+
+    def __init__(self, disk: Blkfront) -> None:
+        self._disk = disk
+
+    @property
+    def size(self) -> int:
+        return self._disk.info.size
+
+    @property
+    def block_size(self) -> int:
+        return self._disk.info.sector_size
+
+    @property
+    def readonly(self) -> bool:
+        return self._disk.info.readonly
+
+    @property
+    def can_trim(self) -> bool:
+        return self._disk.info.discard
+
+    @property
+    def description(self) -> str:
+        return describe(self._disk)
+
+    def submit(self, op: str, offset: int = 0, length: int = 0, buffer: Any = None) -> Future[int]:
+        return self._disk.submit(Io(op, offset, length, buffer))
