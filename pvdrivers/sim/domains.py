@@ -79,6 +79,7 @@ class Domain:
         self._claimed_grefs: dict[int, list[tuple[int, int]]] = {}
         self._limbo: list[int] = []
         self._fds: list[int] = []
+        self._maps: list[mmap.mmap] = []
         try:
             for name, size, now in (("memory", pages * PAGE, False), ("grants", grants * 8, True),
                                     ("active", grants * 8, True)):  # fmt: skip
@@ -87,11 +88,10 @@ class Domain:
             self.close()
             raise
         self.memory_fd, self.grants_fd, self.active_fd = self._fds
-        self._grants_map = mmap.mmap(self.grants_fd, grants * 8)
-        self._active_map = mmap.mmap(self.active_fd, grants * 8)
-        self._flags = np.frombuffer(self._grants_map, np.dtype("u1"))[0::8]  # the low byte of the flags
-        self._domids = np.frombuffer(self._grants_map, np.dtype("<u2"))[1::4]
-        self._active = np.frombuffer(self._active_map, np.dtype("<u8"))
+        table, active = self._maps = [mmap.mmap(fd, grants * 8) for fd in (self.grants_fd, self.active_fd)]
+        self._flags = np.frombuffer(table, np.dtype("u1"))[0::8]  # the low byte of the flags
+        self._domids = np.frombuffer(table, np.dtype("<u2"))[1::4]
+        self._active = np.frombuffer(active, np.dtype("<u8"))
 
     def claim_frames(self, handle: int, count: int) -> int:
         """An extent of frames for this handle, zero-filled; -1 if there is none."""
@@ -152,8 +152,13 @@ class Domain:
 
     def close(self) -> None:
         """Drop the hypervisor's hold on the memory; a mapper keeps what it has until it unmaps it."""
+        if self._maps:
+            del self._flags, self._domids, self._active  # the maps cannot be closed while there are views
+        for memory in self._maps:
+            memory.close()
         for fd in self._fds:
             os.close(fd)
+        self._maps.clear()
         self._fds.clear()
 
 

@@ -33,6 +33,7 @@ _ADVICE = {
     (wire.EVTCHN_BIND_INTERDOMAIN, errno.EINVAL): "that port does not wait for this domain, or is bound already",
     (wire.EVTCHN_FDS, errno.EMFILE): "the embedded Xen is out of descriptors; raise its `ulimit -n`",
 }  # fmt: skip
+_GONE = "the embedded Xen is gone, or has ended this domain"
 
 
 class HypercallError(PlatformError):
@@ -101,14 +102,14 @@ class Hypercalls:
                 wire.LARGEST_REPLY, socket.CMSG_SPACE(wire.MOST_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except OSError as e:
-            raise HypercallError(e.errno or errno.ECONNRESET, what, "the embedded Xen is gone") from e
+            raise HypercallError(errno.ECONNRESET, what, f"{_GONE} ({e.strerror or e})") from e
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
         if len(message) < wire.REPLY.size:
             for fd in fds:
                 os.close(fd)
-            raise HypercallError(errno.ECONNRESET, what, "the embedded Xen is gone, or has ended this domain")
+            raise HypercallError(errno.ECONNRESET, what, _GONE)
         return message, list(fds)
 
     def close(self) -> None:

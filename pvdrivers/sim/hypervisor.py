@@ -59,6 +59,7 @@ class Hypervisor:
         self.domains[0].introduced = True
         self._listener = _listen(run_dir / wire.SOCKET)
         self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._accepting = True
         self.store.listen(run_dir / wire.STORE)
         for key, value in (("name", "Domain-0"), ("domid", "0")):  # as xen-init-dom0 does
             self.store.tree.write(f"/local/domain/0/{key}", value)
@@ -96,9 +97,13 @@ class Hypervisor:
     def _accept(self, mask: int) -> None:
         try:
             sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
         except OSError as e:
-            # Out of descriptors, most likely: say so, and let those that are connected go on.
+            # Out of descriptors: the client waits in the backlog until somebody else has gone.
             _log.error("hypervisor: cannot accept a client: %s", e)
+            self.selector.unregister(self._listener)
+            self._accepting = False
             return
         sock.setblocking(False)
         connection = Connection(sock)
@@ -150,6 +155,9 @@ class Hypervisor:
         self._hangups.unregister(fd)
         self.selector.unregister(connection.sock)
         connection.sock.close()
+        if not self._accepting:
+            self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._accepting = True
         domain = connection.domain
         if domain is None:
             return
@@ -229,7 +237,7 @@ def _listen(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         listener.bind(os.fspath(path))
         os.chmod(path, 0o600)
-        listener.listen(128)
+        listener.listen(1024)
     except OSError as e:
         listener.close()
         raise PlatformError(f"hypercall socket {path}: {e.strerror or e}; a socket's path has at most 107 bytes") from e
