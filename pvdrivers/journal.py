@@ -21,6 +21,7 @@ import numpy as np
 from pvdrivers.errors import PvError
 from pvdrivers.worker.journal import DONE, FREE, JOURNAL_QUEUE, JOURNAL_RECORD, TAKEN
 
+_WRAP = 1 << 32
 MAGIC = b"PVJRNL\x00\x01"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIII512s")  # magic, version, queues, record size, unused, incarnation
@@ -36,6 +37,11 @@ def _ahead(a: int, b: int) -> int:
 
 class JournalError(PvError):
     """The journal's file could not be made; says which limit was in the way."""
+
+
+def _file_size(nr_ents: Sequence[int]) -> int:
+    """Header and records, in whole pages."""
+    return (4096 + sum(nr_ents) * JOURNAL_RECORD.itemsize + 4095) & ~4095
 
 
 @dataclass
@@ -70,8 +76,7 @@ class Journal:
         tag = incarnation.encode()
         if len(tag) > 512:
             raise JournalError(f"journal: an incarnation of {len(tag)} bytes, the limit is 512")
-        size = 4096 + sum(nr_ents) * JOURNAL_RECORD.itemsize
-        size = (size + 4095) & ~4095
+        size = _file_size(nr_ents)
         if path is None:
             buffer = mmap.mmap(-1, size)
         else:
@@ -88,33 +93,40 @@ class Journal:
     @staticmethod
     def _new_file(path: Path, size: int) -> mmap.mmap:
         temporary = path.with_name(path.name + ".new")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                os.posix_fallocate(fd, 0, size)  # a full tmpfs is an error here, a SIGBUS later
-            except OSError as e:
-                os.unlink(temporary)
-                raise JournalError(
-                    f"journal {path}: no room for {size} bytes ({e.strerror}); free space in the run directory"
-                ) from e
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as e:
+            raise JournalError(f"journal {path}: cannot be made: {e.strerror}") from e
+        try:
+            os.posix_fallocate(fd, 0, size)  # a full tmpfs is an error here, a SIGBUS later
             buffer = mmap.mmap(fd, size)
+            os.rename(temporary, path)
+        except OSError as e:
+            os.unlink(temporary)
+            raise JournalError(
+                f"journal {path}: no room for {size} bytes ({e.strerror}); free space in the run directory"
+            ) from e
         finally:
             os.close(fd)
-        os.rename(temporary, path)
         return buffer
 
     @classmethod
     def open(cls, path: Path, incarnation: str, nr_ents: Sequence[int]) -> Journal | None:
         """The journal that a predecessor left, if it is of this very incarnation and shape; else None."""
+        size = _file_size(nr_ents)
+        if len(nr_ents) > MAX_QUEUES:
+            return None
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None
         try:
-            size = os.fstat(fd).st_size
-            if size < 4096:
+            if os.fstat(fd).st_size != size:
                 return None
+            os.posix_fallocate(fd, 0, size)  # changes nothing, unless somebody has made a hole
             buffer = mmap.mmap(fd, size)
+        except OSError:
+            return None
         finally:
             os.close(fd)
         magic, version, queues, record_size, _, tag = _HEADER.unpack(buffer[: _HEADER.size])
@@ -133,7 +145,7 @@ class Journal:
             if int(head["nr_ents"]) != n or int(head["records"]) != offset:
                 return None
             offset += n * JOURNAL_RECORD.itemsize
-        return journal if offset <= size else None
+        return journal
 
     @classmethod
     def view(cls, buffer: mmap.mmap) -> Journal | None:
@@ -146,7 +158,8 @@ class Journal:
         journal = cls(buffer, None)
         for q in range(queues):
             head = journal.queue(q)
-            if int(head["records"]) + int(head["nr_ents"]) * record_size > len(buffer):
+            at, end = int(head["records"]), int(head["records"]) + int(head["nr_ents"]) * record_size
+            if at < 4096 or end > len(buffer):
                 return None
         return journal
 
@@ -181,27 +194,36 @@ class Journal:
         None if the guest's page and the journal cannot both be right: then the device reconnects.
         """
         rows = self.records(q)
+        n = len(rows)
         req_cons = int(self.queue(q)["req_cons"])
-        taken, done = [], []
-        for i in range(len(rows)):
+        taken: list[tuple[int, int]] = []
+        done: list[tuple[int, int]] = []
+        for i in range(n):
             state = int(rows[i]["state"])
             if state == TAKEN:
-                # Not passed by req_cons: it is still on the ring and was never executed.
-                if _ahead(req_cons, int(rows[i]["req_index"])) > 0:
-                    taken.append(i)
+                # From req_cons on: not counted yet, so it is still on the ring and was never executed. Before it:
+                # to be executed, however long ago it was taken.
+                if (int(rows[i]["req_index"]) - req_cons) % _WRAP < n:
+                    rows[i]["state"] = FREE
+                else:
+                    taken.append(((req_cons - int(rows[i]["req_index"])) % _WRAP, i))
+            elif state == DONE:
+                # Before rsp_prod: the guest has the answer.
+                ahead = (int(rows[i]["rsp_index"]) - rsp_prod) % _WRAP
+                if ahead < n:
+                    done.append((ahead, i))
                 else:
                     rows[i]["state"] = FREE
-            elif state == DONE:
-                if _ahead(rsp_prod, int(rows[i]["rsp_index"])) > 0:
-                    rows[i]["state"] = FREE  # the guest has the answer
-                else:
-                    done.append(i)
-        taken.sort(key=lambda i: _ahead(int(rows[i]["req_index"]), req_cons))
-        done.sort(key=lambda i: _ahead(int(rows[i]["rsp_index"]), rsp_prod))
-        # Everything taken has its response pushed, or is in one of the two lists.
-        if (req_cons - rsp_prod) & 0xFFFFFFFF != len(taken) + len(done):
+            elif state != FREE:
+                return None
+        taken.sort(reverse=True)
+        done.sort()
+        # Everything taken has its response pushed, or is in one of the two lists; once.
+        if (req_cons - rsp_prod) % _WRAP != len(taken) + len(done):
             return None
-        return QueueRecovery(req_cons, taken, done)
+        if [ahead for ahead, _ in done] != list(range(len(done))) or len({ago for ago, _ in taken}) != len(taken):
+            return None
+        return QueueRecovery(req_cons, [i for _, i in taken], [i for _, i in done])
 
     def reset(self, q: int, req_cons: int) -> None:
         """Start anew: no records, the next request to take is `req_cons`."""
