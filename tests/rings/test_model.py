@@ -6,6 +6,13 @@ import pytest
 
 from tests.rings.model import SOURCE, Violation, World, explore
 
+pytestmark = [
+    pytest.mark.jit_only("the checker reads the source and compiles nothing, so this would be the same once more"),
+    pytest.mark.no_boundscheck(
+        "the checker reads the source and compiles nothing, so this would be the same once more"
+    ),
+]
+
 WORLDS = [
     World(nr_ents=1, messages=2),
     World(nr_ents=2, messages=3, start=2**32 - 2),
