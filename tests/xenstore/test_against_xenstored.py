@@ -30,7 +30,19 @@ NAMES = st.sampled_from([b"a", b"b", b"c"])
 BASES = st.sampled_from([ROOT, ROOT, ROOT, b"/local/domain/1", b"/local/domain/2"])
 INSIDE = st.builds(lambda base, names: b"/".join([base, *names]), BASES, st.lists(NAMES, min_size=1, max_size=3))
 RELATIVE = st.lists(NAMES, min_size=1, max_size=2).map(b"/".join)
-ODD = st.sampled_from([ROOT, ROOT + b"/a/", ROOT + b"//a", ROOT + b"/a.b", b"", b"/"])
+ODD = st.sampled_from(
+    [
+        ROOT,
+        b"/" + b"c" * 59,
+        b"/" + b"c" * 60,
+        b"/local/domain/1/" + b"a" * 61,
+        ROOT + b"/a/",
+        ROOT + b"//a",
+        ROOT + b"/a.b",
+        b"",
+        b"/",
+    ]
+)
 PATHS = st.one_of(INSIDE, INSIDE, RELATIVE, ODD)
 VALUES = st.sampled_from([b"", b"1", b"two", b"\0nul\0", b"x" * 2015, b"x" * 2016, b"x" * 3000])
 PERMS = st.lists(
@@ -38,6 +50,8 @@ PERMS = st.lists(
     min_size=1,
     max_size=7,
 )
+# Small, so that guests meet them.
+QUOTAS = {b"nodes": 6, b"watches": 2, b"transactions": 1, b"permissions": 4, b"path-max": 60}
 WHO = st.integers(0, 3)  # two of dom0, then domains 1 and 2
 TX = st.integers(0, 2)  # 0: none; otherwise the connection's transaction of that place, if it has one
 STEPS = st.lists(
@@ -181,6 +195,9 @@ class Store:
         return self.guest(domid)
 
     def begin(self) -> None:
+        for name, limit in QUOTAS.items():
+            words = wire.join(b"quota", b"set", name, b"%d" % limit)
+            assert self.clients[0].ask(wire.XS_CONTROL, words)[1] == b"OK\0"
         for domid in (1, 2):
             self.clients.append(self.introduce(domid))
             self.transactions.append([])
@@ -196,8 +213,9 @@ class Store:
             client.ask(wire.XS_RESET_WATCHES, b"\0")
         for domid in (1, 2):
             self.release(domid)
-        for path in (ROOT, b"/local"):
-            self.clients[0].ask(wire.XS_RM, path + b"\0")
+        for name in wire.split(self.clients[0].ask(wire.XS_DIRECTORY, b"/\0")[1]):
+            if name != b"tool":
+                self.clients[0].ask(wire.XS_RM, b"/" + name + b"\0")
         self.clients[0].ask(wire.XS_WRITE, b"/\0")
         del self.clients[2:]
         self.transactions = [[], []]
@@ -205,6 +223,10 @@ class Store:
 
     def release(self, domid: int) -> tuple[int, bytes]:
         reply = self.clients[0].ask(wire.XS_RELEASE, b"%d\0" % domid)
+        # xenstored 4.17 tells old permissions by the generation of the node, and lets them pass if removing what
+        # the old domain owned was the last change of all. Ours does not; a transaction is a change enough.
+        tx = int(self.clients[0].ask(wire.XS_TRANSACTION_START, b"\0")[1].rstrip(b"\0"))
+        self.clients[0].ask(wire.XS_TRANSACTION_END, b"F\0", tx)
         client = self.clients[1 + domid]
         if isinstance(client, Ring):
             client.close()

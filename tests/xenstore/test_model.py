@@ -49,6 +49,7 @@ class World:
         self.used: dict[bytes, int] = {}  # versions, 0 for nothing there
         self.first: dict[bytes, int | None] = {}  # owners
         self.created = False
+        self.touched: set[int] = set()  # owners of nodes made, removed or given away
 
     def get(self, path: bytes) -> ModelNode | None:
         if path not in self.nodes and self.outer is not None:
@@ -86,12 +87,17 @@ class World:
         missing = [path]
         while self.get(up(missing[-1])) is None:
             missing.append(up(missing[-1]))
-        if who and self.owned(who) + len(missing) > NODE_QUOTA:
+        # In a transaction only what is there outside of it counts; the rest when it ends.
+        full = self.owned(who) + len(missing) > NODE_QUOTA
+        if self.outer is not None:
+            full = self.outer.owned(who) >= NODE_QUOTA
+        if who and full:
             raise Refusal(errno.ENOSPC)
         self.created = True
         perms = self.there(up(missing[-1])).perms
         if who:
             perms = [(perms[0][0], who), *perms[1:]]
+        self.touched.add(perms[0][1])
         for new in reversed(missing):
             parent = self.there(up(new))
             parent.kids.add(new.rpartition(b"/")[2])
@@ -100,10 +106,7 @@ class World:
         self.there(path).value = value
 
     def owned(self, who: int) -> int:
-        """As the quota counts: what there is, and what this transaction adds and takes."""
-        if self.outer is None:
-            return sum(node.perms[0][1] == who for node in self.nodes.values() if node)
-        return self.outer.owned(who) + self.delta.get(who, 0)
+        return sum(node.perms[0][1] == who for node in self.nodes.values() if node)
 
     @property
     def delta(self) -> dict[int, int]:
@@ -213,6 +216,7 @@ def machine(new_store: Callable[..., Any]) -> type[RuleBasedStateMachine]:
                 for gone in doomed:
                     doomed += [gone + b"/" + kid for kid in world.there(gone).kids]
                 for gone in doomed:
+                    world.touched.add(world.there(gone).perms[0][1])
                     world.nodes[gone] = None
                 parent = world.there(up(path))
                 parent.kids.remove(path.rpartition(b"/")[2])
@@ -232,6 +236,7 @@ def machine(new_store: Callable[..., Any]) -> type[RuleBasedStateMachine]:
                     raise Refusal(errno.ENOENT)
                 if who and perms[0][1] != node.perms[0][1]:
                     raise Refusal(errno.EPERM)
+                world.touched |= {node.perms[0][1], perms[0][1]}
                 node.perms, node.version = list(perms), self.tick()
                 return OK
 
@@ -252,8 +257,8 @@ def machine(new_store: Callable[..., Any]) -> type[RuleBasedStateMachine]:
                 if not commit:
                     return OK
                 if who and world.created:
-                    for domid, change in world.delta.items():
-                        if domid and change > 0 and self.world.owned(domid) + change > NODE_QUOTA:
+                    for domid in world.touched - {0}:
+                        if self.world.owned(domid) + world.delta.get(domid, 0) >= NODE_QUOTA:
                             raise Refusal(errno.ENOSPC)
                 for path, version in world.used.items():
                     node = self.world.nodes.get(path)

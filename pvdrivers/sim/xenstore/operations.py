@@ -112,7 +112,7 @@ def create(conn: Connection, view: View, path: bytes, value: bytes) -> Node:
     perms = parent.perms
     if not conn.privileged:
         domid, quotas = conn.domain.domid, conn.server.quotas
-        if view.owned(domid) + len(missing) > quotas.nodes:
+        if not view.may_add(domid, len(missing), quotas.nodes):
             raise Refused(errno.ENOSPC)
         _check_size(conn, parent, len(name_of(missing[-1])) + _EXTRA_CHILD)
         perms = inherit(perms, domid)

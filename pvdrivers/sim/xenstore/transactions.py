@@ -94,8 +94,9 @@ class Transaction:
         self._count(perms[0][0], 1)
         node.perms = perms
 
-    def owned(self, domid: int) -> int:
-        return self._tree.owned(domid) + self._delta.get(domid, 0)
+    def may_add(self, domid: int, count: int, limit: int) -> bool:
+        # What the transaction itself adds is looked at when it ends.
+        return self._tree.owned(domid) < limit
 
     def _count(self, domid: int, change: int) -> None:
         self._delta[domid] = self._delta.get(domid, 0) + change
@@ -119,7 +120,8 @@ class Transaction:
         tree = self._tree
         if self.created and self._domain.domid:
             for domid, delta in self._delta.items():
-                if domid and delta > 0 and tree.owned(domid) + delta > self._quotas.nodes:
+                # One less than fits without a transaction, and whoever owns them: as C xenstored has it.
+                if domid and tree.owned(domid) + delta >= self._quotas.nodes:
                     raise Refused(errno.ENOSPC)
         get = tree.get
         for path, node in self.seen.items():

@@ -64,8 +64,8 @@ class View(Protocol):
 
     def set_perms(self, path: bytes, perms: Perms) -> None: ...
 
-    def owned(self, domid: int) -> int:
-        """Nodes that belong to a domain."""
+    def may_add(self, domid: int, count: int, limit: int) -> bool:
+        """Whether a guest that may own `limit` nodes may make `count` more."""
 
 
 class Tree:
@@ -104,7 +104,11 @@ class Tree:
         self.count(perms[0][0], 1)
         node.perms = perms
 
+    def may_add(self, domid: int, count: int, limit: int) -> bool:
+        return self.owned(domid) + count <= limit
+
     def owned(self, domid: int) -> int:
+        """Nodes that belong to a domain."""
         return self._owned.get(domid, 0)
 
     def count(self, domid: int, change: int) -> None:
