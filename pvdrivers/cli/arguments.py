@@ -156,7 +156,13 @@ def _demo(verbs: Verbs) -> None:
         "--disk",
         type=Path,
         metavar="PATH",
-        help="use this image, whose contents are OVERWRITTEN (default: one made on the spot)",
+        help="use this image, made if it is not there (default: one of the demo's own)",
+    )
+    verb.add_argument(
+        "--overwrite", action="store_true", help="what is on the disk may be lost; without it, it has to be empty"
+    )
+    verb.add_argument(
+        "--kill", action="store_true", help="kill the backend under load and start it again: nothing is to be noticed"
     )
     verb.add_argument("--size", type=_positive, metavar="MIB", help="size of the image made on the spot")
     verb.add_argument("--seconds", type=_positive, metavar="N", help="how long the load runs")
