@@ -1,0 +1,126 @@
+"""An embedded Xen, a backend process that can be killed, and a guest in the test's own process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pvdrivers.frontends.blkfront import Blkfront
+from pvdrivers.platform import open_platform
+from pvdrivers.sim import toolstack
+
+READY_IN = 120.0  # seconds: a cold cache has everything to compile
+
+
+class Process:
+    """A verb of the command line, ready when it has printed a line that starts with "ready"."""
+
+    def __init__(self, *words: str, log: Path, **extra: str) -> None:
+        self._log = log.open("a")
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "pvdrivers", *words],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **extra},
+        )
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        if not line.startswith("ready"):
+            raise AssertionError(f"{words}: {line!r}\n{log.read_text()}")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        try:
+            return self.popen.wait(30)
+        finally:
+            assert self.popen.stdout is not None
+            self.popen.stdout.close()
+            self._log.close()
+
+
+class Bed:
+    """All of it. A context manager; `serve` starts the backend, `kill` ends it as a power cut would."""
+
+    def __init__(self, run_dir: Path, *serve_words: str) -> None:
+        self.run_dir = run_dir
+        self.words = serve_words
+        self.log = run_dir.parent / "serve.log"
+        self.xen = Process("sim", "--run-dir", str(run_dir), log=run_dir.parent / "sim.log")
+        self.backend: Process | None = None
+        self.dom0: Any = open_platform("sim", run_dir=run_dir)
+        self.disks: list[Blkfront] = []
+        self._guests: list[Any] = []
+
+    def serve(self, **extra: str) -> Process:
+        """Start a backend; `extra` is its environment."""
+        self.backend = Process("serve", "--run-dir", str(self.run_dir), *self.words, log=self.log, **extra)
+        return self.backend
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.backend is not None
+        self.backend.end(signal.SIGKILL)
+
+    def died(self, timeout: float = 30.0) -> None:
+        """Wait for a backend that is to die of itself."""
+        assert self.backend is not None
+        self.backend.popen.wait(timeout)
+        assert self.backend.popen.returncode == -signal.SIGKILL
+        self.backend.end()
+
+    def disk(self, params: str, *, mode: str = "w", memory_mib: int = 128, **keywords: Any) -> Blkfront:
+        """A new guest with one disk, connected."""
+        domain = toolstack.create_domain(self.dom0, name="guest", memory_mib=memory_mib)
+        toolstack.attach_vbd(self.dom0.store, domain.domid, "xvda", params, mode=mode)
+        guest = open_platform("sim", run_dir=self.run_dir, domid=domain.domid, token=domain.token)
+        self._guests.append(guest)
+        disk = Blkfront(guest, 51712, **keywords)
+        disk.connect(timeout=30)
+        self.disks.append(disk)
+        return disk
+
+    def frontend(self, domid: int = 1) -> dict[str, bytes]:
+        """What stands in the guest's directory: grefs, ports, state."""
+        top = f"/local/domain/{domid}/device/vbd/51712"
+        found: dict[str, bytes] = {}
+
+        def read(path: str) -> None:
+            for name in self.dom0.store.ls(path) or ():
+                below = f"{path}/{name}"
+                found[below] = self.dom0.store.read(below) or b""
+                read(below)
+
+        read(top)
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for disk in self.disks:
+            disk.close()
+        for guest in self._guests:
+            guest.close()
+        self.dom0.close()
+        if self.backend is not None:
+            self.backend.end()
+        self.xen.end()
+
+
+def until(condition: Any, timeout: float = 20.0) -> None:
+    """Wait for a condition, or fail."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
