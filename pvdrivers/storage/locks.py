@@ -43,9 +43,7 @@ RAW_LOCK_SHARED_BASE: Final = 200
 _PERM_NAMES: Final = {0: "consistent read", 1: "write", 2: "write unchanged", 3: "resize"}
 
 _SETTLE_S: Final = 0.5
-"""udev locks a block device for a moment after each change; somebody else's lock is believed after this
-time.
-"""
+"""udev locks a block device for a moment after each change; somebody else's lock is believed after this time."""
 _ALIVE_S: Final = 2.0
 """A process that is being killed still counts as running for a while; this long it may."""
 
@@ -120,9 +118,7 @@ def holders(fd: int, trouble: Trouble) -> list[int]:
 
 
 def _running(pid: int) -> bool:
-    """Is there such a process, and is it not about to end? One that was killed stays until its I/O has
-    ended.
-    """
+    """Is there such a process, and is it not about to end? One that was killed stays until its I/O has ended."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             words = f.read().rpartition(")")[2].split()
@@ -135,9 +131,7 @@ def _running(pid: int) -> bool:
 
 
 class Patience:
-    """How long to wait for a lock: a moment for anyone, until the deadline for a predecessor that has
-    ended.
-    """
+    """How long to wait for a lock: a moment for anyone, until the deadline for a predecessor that has ended."""
 
     def __init__(self, recover: bool, timeout: float, progress: Progress | None) -> None:
         self.recover = recover
@@ -171,9 +165,7 @@ class Patience:
 
 
 class Locks:
-    """All locks of one store, on `fd`. They live as long as the description does; there is nothing to
-    release.
-    """
+    """All locks of one store, on `fd`. They live as long as the description does; there is nothing to release."""
 
     def __init__(self, fd: int, path: str, identity: str, *, mode: str) -> None:
         self.fd = fd
@@ -181,9 +173,7 @@ class Locks:
         self.mode = mode
         self.fence = fence_offset(identity)
         self.fenced = True
-        """False where the file system has no locks: then nobody can tell when a dead process's I/O has
-        ended.
-        """
+        """False where the file system has no locks: then nobody can tell when a dead process's I/O has ended."""
 
     def acquire(self, patience: Patience) -> None:
         """Take them all. Raises DeviceBusyError, DrainingError (only when recovering), or StoreError."""

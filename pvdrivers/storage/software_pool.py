@@ -100,9 +100,7 @@ class ThreadPool:
         serve(self._address, scratch)
 
     def close(self) -> None:
-        """End the threads, each after the request that it executes now; what is still queued is not
-        executed.
-        """
+        """End the threads, each after the request that it executes now; what is still queued is not executed."""
         self._record["stop"] = 1
         wake_all(self._address)
         for thread in self._threads:

@@ -77,9 +77,7 @@ _EPOLL_CTL_ADD: Final = 1
 _EPOLL_CTL_DEL: Final = 2
 
 MAX_POLL_EVENTS: Final = 32
-"""Event fds reported by one epoll_wait, and completions kept free for them: threads never fill the last
-ones.
-"""
+"""Event fds reported by one epoll_wait, and completions kept free for them: threads never fill the last ones."""
 
 DONE: Final = -1
 """The user data of the threads' eventfd in the epoll set."""
@@ -113,14 +111,14 @@ def _lock(word: int) -> None:
 def post(u: int, user_data: int, res: int, flags: int, keep: int) -> int:
     """Append a completion, leaving `keep` free for others. 0, or -EAGAIN if there is no room.
 
-    A thread (keep > 0) waits until the worker has made room; the worker cannot wait for itself.
+    A thread (keep > 0) waits until the worker has made room, or is gone; the worker cannot wait for itself.
     """
     r = ring_at(u)
     limit = r["cq_mask"] + 1 - keep
     _lock(u + _CQ_LOCK)
     while distance(load_once32(r["cq_tail"]), load_acquire32(r["cq_head"])) >= limit:
         store_release32(u + _CQ_LOCK, np.uint32(0))
-        if keep == 0:
+        if keep == 0 or load_acquire32(u + _STOP) != 0:
             return -_EAGAIN
         sched_yield()
         _lock(u + _CQ_LOCK)

@@ -81,9 +81,7 @@ class Store:
         return self.size // 512
 
     def drain(self, timeout: float) -> bool:
-        """Wait until no I/O of a predecessor of this device is under way; False if it still is, or nobody
-        can tell.
-        """
+        """Wait until no I/O of a predecessor of this device is under way; False if it is, or who knows."""
         return True
 
     def refresh_size(self) -> bool:
@@ -93,7 +91,7 @@ class Store:
     def describe(self) -> str:
         """One line for people."""
         what = ", ".join(["read only" if self.readonly else "writable", *self._traits()])
-        return f"{self.spec.uri}: {size_text(self.size)}, {what}"
+        return f"{self.spec.uri or self.spec.path}: {size_text(self.size)}, {what}"
 
     def _traits(self) -> list[str]:
         return [f"sectors of {self.sector_size}"]

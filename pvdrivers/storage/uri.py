@@ -23,9 +23,7 @@ __all__ = ["OPTIONS", "SCHEMES", "DiskSpec", "Option", "parse_disk", "parse_size
 
 SECTOR: Final = 512
 MAX_SIZE: Final = 1 << 61
-"""Bytes in the largest disk: byte offsets, and the fence of storage.locks at 2**62, stay positive in 63
-bits.
-"""
+"""Bytes in the largest disk: byte offsets, and the fence of storage.locks at 2**62, stay positive in 63 bits."""
 
 _SIZE = re.compile(r"([0-9]{1,20})([KMGT]?)(i?B)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -36,9 +34,7 @@ _XL_PREFIX = re.compile(r"(?:tap:|tap2:)?(aio|raw|phy|file):(?!//)")
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """One disk as asked for. `path` is absolute for files and block devices, `size` in bytes is for the
-    others.
-    """
+    """One disk as asked for. `path` is absolute for files and block devices, `size` in bytes is for the others."""
 
     uri: str
     scheme: str = "file"
@@ -70,9 +66,7 @@ class DiskSpec:
         return self.mode != "w"
 
     def text(self) -> str:
-        """The same disk, as `parse_disk` reads it: canonical URI, then the options that are not the
-        default.
-        """
+        """The same disk, as `parse_disk` reads it: canonical URI, then the options that are not the default."""
         if self.scheme == "file":
             plain = "," not in self.path and not _scheme_of(self.path)
             uri = self.path if plain else "file://" + quote(self.path)
@@ -292,9 +286,7 @@ def _checked(spec: DiskSpec) -> DiskSpec:
 
 
 def parse_xl(params: str, mode: str = "w", device_type: str = "disk", *, options: str = "") -> DiskSpec:
-    """What a toolstack left in a backend's directory: `params`, `mode` and `device-type`. Raises
-    ConfigError.
-    """
+    """What a toolstack left in a backend's directory: `params`, `mode` and `device-type`. Raises ConfigError."""
     if mode not in _XL_MODES:
         raise ConfigError(f"disk {params!r}: mode {mode!r}: must be one of {', '.join(_XL_MODES)}")
     if device_type not in ("disk", "cdrom"):

@@ -145,9 +145,7 @@ def _enter(u: int, complete: int, flags: int, argument: int, size: int) -> int:
 
 @kernel
 def submit(u: int) -> int:
-    """Give the kernel all that is pending, without waiting. 0, or -errno (-EAGAIN: short of memory, try
-    later).
-    """
+    """Give the kernel all that is pending, without waiting. 0, or -errno (-EAGAIN: short of memory, try later)."""
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         if r["pending"] > 0:
@@ -235,9 +233,7 @@ def _next_sqe(u: int) -> int:
 
 @inline
 def _queued(u: int) -> int:
-    """Count the SQE that was just filled; enter when a chunk is full. An error there is seen by `submit` or
-    `wait`.
-    """
+    """Count the SQE that was just filled; enter when a chunk is full. `submit` or `wait` sees an error there."""
     r = ring_at(u)
     r["tail"] = (r["tail"] + 1) & 0xFFFFFFFF
     r["pending"] += 1
@@ -283,9 +279,7 @@ def queue_rw(u: int, opcode: int, fd: int, addr: int, length: int, offset: int, 
 
 @inline
 def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
-    """fsync(2), or fdatasync(2) with `datasync` 1. It covers only what has completed before it is
-    submitted.
-    """
+    """fsync(2), or fdatasync(2) with `datasync` 1. It covers only what has completed before it is submitted."""
     at = _next_sqe(u)
     if at == 0:
         return -_EAGAIN
@@ -342,9 +336,7 @@ def queue_poll(u: int, fd: int, user_data: int) -> int:
 
 @inline
 def queue_poll_remove(u: int, fd: int, poll_user_data: int, user_data: int) -> int:
-    """End the poll of `fd` queued with `poll_user_data`: that completes with -ECANCELED, this with 0 or
-    -ENOENT.
-    """
+    """End the poll of `fd` queued with `poll_user_data`: that completes with -ECANCELED, this with 0 or -ENOENT."""
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         return int(remove_poll(u, fd, poll_user_data, user_data))

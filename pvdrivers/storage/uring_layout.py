@@ -95,9 +95,7 @@ URING: Final = np.dtype(
     ],
     align=True,
 )
-"""All that kernels know about one ring. Only the thread that submits uses it, but for the software ring's
-words.
-"""
+"""All that kernels know about one ring. Only the thread that submits uses it, but for the software ring's words."""
 
 GETEVENTS_ARG: Final[int] = URING.fields["sigmask"][1]  # type: ignore[index]
 GETEVENTS_ARG_SIZE: Final = 24

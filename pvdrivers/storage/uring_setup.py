@@ -177,9 +177,7 @@ class Uring:
         return int(self._record["enters"])
 
     def close(self) -> None:
-        """Take it down. Requests still under way go on in the kernel: drain first, and keep their buffers
-        until then.
-        """
+        """Take it down. What is under way goes on in the kernel: wait for it first, or keep its buffers."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None

@@ -263,6 +263,30 @@ def test_a_write_wakes_a_thread_that_waits_for_ever(flavour: str, event: int) ->
     assert got[:100] == [7] * 100
 
 
+def test_no_wake_up_is_missed(ring: Uring) -> None:
+    """Bursts of every small size, each waited for: a lost wake-up would be a wait of five seconds."""
+    u = ring.address
+    for burst in range(2000):
+        for n in range(1 + burst % 5):
+            assert uring.queue_nop(u, n) == 0
+        got = 0
+        while got < 1 + burst % 5:
+            assert wait(u, 5 * SECOND) > 0
+            got += len(take_all(u))
+
+
+@pytest.mark.jit_only("there are no threads")
+def test_closing_with_completions_that_nobody_takes() -> None:
+    """The threads stand before a full queue then, and must still end."""
+    ring = open_ring("threads", entries=8, cq_entries=64, chunk=1)
+    for n in range(60):
+        uring.queue_nop(ring.address, n)
+    time.sleep(0.05)
+    start = time.monotonic()
+    ring.close()
+    assert time.monotonic() - start < 5
+
+
 def test_only_one_thread_enables(flavour: str) -> None:
     with open_ring(flavour) as ring:
         assert uring.enable(ring.address) == (-errno.EBADFD if flavour == "io_uring" else 0)
