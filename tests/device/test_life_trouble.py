@@ -1,0 +1,215 @@
+"""Trouble behind the device, and processes that follow one another."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from pvdrivers.device import NotRecoverable
+from pvdrivers.errors import ConfigError, PlatformError, ProtocolViolation, StoreError
+from pvdrivers.xenbus import XenbusState as S
+from tests.device.bed import Bed
+
+
+# Trouble behind the device
+
+
+@pytest.mark.parametrize(
+    "trouble", [StoreError("disk.img: busy"), OSError(errno.EMFILE, "out of files"), MemoryError()]
+)
+def test_what_may_pass_is_tried_again(bed: Bed, trouble: Exception) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [trouble] * 3
+    life.look()
+    assert guest.state() == S.Initialising
+    error = guest.error()
+    assert error is not None and (str(trouble) or repr(trouble)) in error
+    assert guest.key("hotplug-error") == (str(trouble) or repr(trouble)) and guest.key("hotplug-status") == "error"
+    life.handle_backend_change(["hotplug-error", "hotplug-status"])
+    assert disk.calls == ["advertise"], "our own words are no reason to try again"
+    bed.control.pass_time(2)
+    assert guest.state() == S.InitWait and disk.calls == ["advertise"] * 4
+    assert guest.error() is None and guest.key("hotplug-error") is None
+    assert guest.key("hotplug-status") == "connected"
+
+
+def test_retries_become_rare(bed: Bed) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [StoreError("gone")] * 1000
+    life.look()
+    bed.control.pass_time(600)
+    assert 20 <= len(disk.calls) < 40
+
+
+def test_a_wrong_configuration_waits_for_the_operator(bed: Bed) -> None:
+    guest = bed.guest()
+    guest.attach(params="nonsense:")
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [ConfigError("params: what is nonsense:?")]
+    life.look()
+    bed.control.pass_time(1000)
+    assert disk.calls == ["advertise"] and guest.state() == S.Initialising
+    bed.dom0.write(guest.back + "/params", "/disk.img")
+    life.handle_backend_change(["params"])
+    assert guest.state() == S.InitWait
+    assert disk.params.str_key("params", None) == "/disk.img"
+
+
+def test_a_connection_short_of_resources(bed: Bed) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["connect"] = [PlatformError("no grant handles"), PlatformError("no grant handles")]
+    life.look()
+    guest.publish()
+    life.handle_frontend_change()
+    assert guest.state() == S.InitWait
+    bed.control.pass_time(3)
+    assert guest.state() == S.Connected
+    assert disk.calls == ["advertise", "connect", "connect", "connect"]
+
+
+@pytest.mark.usefixtures("own_fault")
+def test_our_own_fault_closes_one_device(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["connect"] = [ZeroDivisionError("oops")]
+    life.look()
+    guest.publish()
+    life.handle_frontend_change()
+    assert guest.state() == S.Closing and life.violations == 0
+    assert "ZeroDivisionError" in caplog.text
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    guest.say(S.Initialising)
+    life.handle_frontend_change()
+    assert guest.state() == S.InitWait
+
+
+@pytest.mark.usefixtures("own_fault")
+def test_a_disconnect_that_fails_is_done_once(bed: Bed) -> None:
+    guest, life, disk = bed.connected()
+    disk.troubles["disconnect"] = [RuntimeError("stuck")]
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    assert guest.state() == S.Closed and disk.calls == ["disconnect"]
+
+
+# Taking over
+
+
+def _left_behind(bed: Bed, backend: int = S.Connected, frontend: int = S.Connected) -> None:
+    guest = bed.guest()
+    guest.attach()
+    guest.publish(frontend)
+    bed.dom0.write(guest.back + "/state", backend)
+
+
+def test_a_connection_is_taken_over_and_nothing_is_seen(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    bed.dom0.write(guest.back + "/sectors", 100)
+    bed.dom0.write(guest.back + "/sector-size", 512)
+    guest.guest.watch(guest.back, "w")
+    guest.guest.events()
+    life, disk = bed.life(guest)
+    life.look()
+    assert disk.calls == ["advertise", "recover"] and life.connected
+    assert guest.state() == S.Connected
+    guest.guest.read(guest.front + "/state")
+    assert guest.guest.events() == [], "not one key was touched"
+
+
+def test_what_cannot_be_taken_over_reconnects(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    disk.troubles["recover"] = [NotRecoverable("no journal")]
+    life.look()
+    assert guest.state() == S.Closing and not life.connected
+    assert "no journal" in str(guest.error())
+    for state in (S.Closed, S.Initialising):
+        guest.say(state)
+        life.handle_frontend_change()
+    guest.publish()
+    life.handle_frontend_change()
+    assert guest.state() == S.Connected and life.connected and guest.error() is None
+    assert disk.calls == ["advertise", "recover", "advertise", "connect"]
+
+
+def test_taking_over_waits_for_the_disk(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [StoreError("still being written by pid 7")] * 2
+    life.look()
+    assert guest.state() == S.Connected
+    bed.control.pass_time(2)
+    assert life.connected and disk.calls == ["advertise"] * 3 + ["recover"]
+
+
+def test_a_lie_is_found_when_taking_over(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    disk.troubles["recover"] = [ProtocolViolation(5, "vbd-5-51712", "changed its keys")]
+    life.look()
+    assert guest.state() == S.Closing and life.violations == 1
+
+
+def test_closing_is_taken_over_too(bed: Bed) -> None:
+    _left_behind(bed, backend=S.Closing)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    life.look()
+    assert life.connected and guest.state() == S.Closing
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    assert guest.state() == S.Closed and disk.calls == ["advertise", "recover", "disconnect"]
+
+
+def test_a_frontend_that_restarted_meanwhile_is_offered_the_device(bed: Bed) -> None:
+    _left_behind(bed, frontend=S.Initialising)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    life.look()
+    assert guest.state() == S.InitWait and disk.calls == ["advertise"]
+
+
+def test_the_stale_directory_of_a_domain_that_is_gone(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    life, _ = bed.life(guest)
+    guest.destroy()
+    life.look()
+    assert life.gone and bed.dom0.ls(guest.back) is None
+
+
+def test_handing_over(bed: Bed) -> None:
+    guest, life, disk = bed.connected()
+    done: list[int] = []
+    life.hand_over(lambda: done.append(1))
+    assert done == [1] and disk.calls == ["hand_over"] and guest.state() == S.Connected
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    assert disk.calls == ["hand_over"], "the next process sees to it"
+
+
+def test_handing_over_while_something_is_under_way(bed: Bed) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    bed.control.hold = True
+    life.look()
+    done: list[int] = []
+    life.hand_over(lambda: done.append(1))
+    assert done == []
+    bed.control.hold = False
+    bed.control.work()
+    assert done == [1] and disk.calls == ["advertise", "hand_over"] and guest.state() == S.InitWait
