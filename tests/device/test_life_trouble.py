@@ -11,7 +11,6 @@ from pvdrivers.errors import ConfigError, PlatformError, ProtocolViolation, Stor
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.bed import Bed
 
-
 # Trouble behind the device
 
 
