@@ -24,6 +24,7 @@ from pvdrivers.storage.uring_setup import Uring
 from rings.jit import JIT
 
 from . import loop
+from .fair import NO_LIMIT
 from .records import (
     BLOCK_SIZE,
     RING,
@@ -43,6 +44,7 @@ MAX_RINGS = 1024
 MAX_PORTS = 131072
 MAX_OPS = 4096
 BUDGET = 32
+FAIR_DEPTH = 8
 BLOCKS = 64
 BOUNCE_PAGES = 8192
 CQ_ENTRIES = 8192
@@ -111,6 +113,7 @@ class Worker:
         w["rings"], w["max_rings"] = self.rings.ctypes.data, MAX_RINGS
         w["spin_ns"] = spin_us * 1000
         w["budget"] = BUDGET
+        w["fair_depth"], w["heavy_limit"] = FAIR_DEPTH, NO_LIMIT
         ports = self._new(MAX_PORTS * 4).array(np.int32, MAX_PORTS)
         ports[:] = -1
         self._ports = ports
@@ -190,6 +193,7 @@ class Worker:
                 raise PvError(f"worker {self.index}: all of its {MAX_RINGS} rings are in use; run more workers")
             handle = RingHandle(self, index, device, port)
             self._handles[index] = handle
+            self._record[0]["top_ring"] = max(int(self._record[0]["top_ring"]), index + 1)
         row = handle.record
         self.rings[index] = np.zeros((), RING)
         row["index"], row["worker"], row["port"] = index, self.address, port

@@ -86,7 +86,7 @@ def wake_starved(wa: int) -> None:
     """Blocks or bounce pages came back: rings that waited for them are served again."""
     w = worker_at(wa)
     w["starved"] = 0
-    for i in range(w["max_rings"]):
+    for i in range(w["top_ring"]):
         ra = ring_address(w, i)
         ring = ring_at(ra)
         if ring["state"] == RING_ACTIVE and ring["blocked"] != 0:

@@ -25,6 +25,7 @@ from rings.atomics import call, i64, load_acquire64, pause, records, store_relea
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
 
+from .fair import look_around
 from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
 from .records import (
     RING_ACTIVE,
@@ -37,6 +38,7 @@ from .records import (
     TAG_EVENT,
     TAG_IGNORE,
     TAG_MASK,
+    TOP_RING_AT,
 )
 
 _I4 = np.dtype(np.int32)
@@ -100,7 +102,7 @@ def _try_detach(wa: int, ra: int) -> None:
 def _look_at_rings(wa: int) -> None:
     """The doorbell rang: rings come, go, or are to look at their device again."""
     w = worker_at(wa)
-    for i in range(w["max_rings"]):
+    for i in range(load_acquire64(wa + TOP_RING_AT)):
         ra = ring_address(w, i)
         # Acquire: who sees the state sees the record that the control thread has filled in.
         state = load_acquire64(ra)
@@ -251,6 +253,7 @@ def run(wa: int) -> int:
         w["passes"] += 1
         n = reap(u)
         w["now"] = clock_monotonic()
+        look_around(wa)
         if n > 0:
             _handle_completions(wa, n)
         _finish(wa)

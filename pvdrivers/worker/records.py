@@ -46,6 +46,10 @@ WORKER = np.dtype(
         ("budget", "i8"),  # requests a ring may take in one visit
         ("now", "i8"),  # CLOCK_MONOTONIC, ns, once a pass
         ("inflight", "i8"),  # requests submitted to the store and not back
+        ("top_ring", "i8"),  # no ring from this index on was ever used
+        ("fair_depth", "i8"),  # see fair: in flight of all heavy rings together; 0 never holds back
+        ("heavy_limit", "i8"),  # ... of each of them now
+        ("window", "i8"),  # ns: when the last window ended
         ("kill_step", "i8"),  # tests: die at this commit point of the journal, see journal.STEPS; 0 never
         ("kill_count", "i8"),  # ... when it is reached for the kill_count-th time
         ("reverse", "i8"),  # tests: answer every batch of finished requests in reverse order
@@ -71,6 +75,7 @@ WORKER = np.dtype(
     align=True,
 )
 
+TOP_RING_AT: int = WORKER.fields["top_ring"][1]  # type: ignore[index]
 ZERO_BYTES = 1 << 20
 
 INLINE_SEGMENTS = 11  # segments that fit into a request without a block: blkif's direct ones
@@ -117,6 +122,9 @@ RING = np.dtype(
         ("done_head", "i8"),  # REQs that the store gave back, by REQ.next
         ("done_tail", "i8"),
         ("inflight", "i8"),  # taken and not answered
+        ("peak", "i8"),  # the most that were in flight in this window of `fair`, and in the one before
+        ("last_peak", "i8"),
+        ("throttled", "i8"),  # may take no more until something comes back
         ("hold_ack", "i8"),  # epoch of the device's hold that this ring has come to rest for
         ("replay_head", "i8"),  # REQs that a dead predecessor had taken, by REQ.next: executed first
         ("waiting", "i8"),  # a REQ that waits for the whole device to be at rest (barrier)
