@@ -193,6 +193,9 @@ class XenStoreClient:
                 self._receive(operation, path)
             if reply.req_id != req_id or reply.type not in (type_, wire.XS_ERROR):
                 raise self._lost(errno.EPROTO, operation, path, "a reply to something that was not asked")
+            # Events may have come in behind the reply, and leave nothing to read on the socket: queue them now.
+            if self._next(operation, path) is not None:
+                raise self._lost(errno.EPROTO, operation, path, "a reply to something that was not asked")
         if reply.type == wire.XS_ERROR:
             raise XenStoreError(wire.error_number(reply.payload), operation, path)
         return reply.payload
