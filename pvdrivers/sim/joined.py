@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pvdrivers.errors import PlatformError
-from pvdrivers.platform import SEAM
+from pvdrivers.platform import SEAM, EventChannel, GrantTable, GuestPages, Platform, XenStore
 from pvdrivers.xenstore import XenStoreClient
 from rings.jit import address_of
 
@@ -35,25 +36,28 @@ class SimPlatform:
         self.hypercalls = Hypercalls(run_dir, domid, token, flags=wire.WANT_MEMORY | wire.WANT_STORE, limit=self._limit)
         memory, grants, store = self.hypercalls.hello.fds
         try:
-            self.store = XenStoreClient(socket.socket(fileno=store))
-            self.pages = SimGuestPages(self.hypercalls, memory, grants)
-            self.grants = SimGrantTable(self.hypercalls, strict=strict)
+            self.store: XenStore = XenStoreClient(socket.socket(fileno=store))
+            self._pages = SimGuestPages(self.hypercalls, memory, grants)
+            self._grants = SimGrantTable(self.hypercalls, strict=strict)
+            self.pages: GuestPages = self._pages
+            self.grants: GrantTable = self._grants
         finally:
             os.close(memory)
             os.close(grants)
 
     def prepare(self, domid: int) -> None:
         """Open what the JIT seam needs to map pages of `domid`. Raises PlatformError if it grants us nothing."""
-        self.grants.prepare(domid)
+        self._grants.prepare(domid)
 
     def open_events(self) -> SimEventChannel:
         """A new handle, with a connection of its own: its ports go when it does. Raises PlatformError."""
         return SimEventChannel(Hypercalls(self.run_dir, self.domid, self._token, limit=self._limit), self._abi)
 
-    def seam(self, events: SimEventChannel) -> np.ndarray:
+    def seam(self, events: EventChannel) -> np.ndarray:
         """The JIT seam of a worker that owns `events`; keep it, `events` and this platform alive as long as that."""
+        assert isinstance(events, SimEventChannel), "event channels of another platform"
         seam = np.zeros(1, SEAM)
-        seam["grant_ctx"], seam["event_ctx"], seam["offer_ctx"] = self.grants.ctx, events.ctx, self.pages.ctx
+        seam["grant_ctx"], seam["event_ctx"], seam["offer_ctx"] = self._grants.ctx, events.ctx, self._pages.ctx
         for module, names in (
             (grant_seam, ("grant_map", "grant_unmap", "grant_copy", "offer_grant", "offer_end")),
             (event_seam, ("event_notify", "event_deliver", "event_next", "event_unmask")),
@@ -72,6 +76,10 @@ class SimPlatform:
     def close(self) -> None:
         """Leave: pins, claims and the store's connection are given up. A guest ends with its last handle."""
         self.store.close()
-        self.grants.close()
-        self.pages.close()
+        self._grants.close()
+        self._pages.close()
         self.hypercalls.close()
+
+
+if TYPE_CHECKING:
+    _implements: type[Platform] = SimPlatform

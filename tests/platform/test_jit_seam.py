@@ -88,7 +88,8 @@ def test_unmapped_twice_is_an_error(ends: Ends) -> None:
 
 
 def test_nonsense_handles(ends: Ends) -> None:
-    for handle in (0, -1, 1, 1 << 62, -(1 << 63), 0x5A << 48, (0x5A << 48) | 0xFFFF_FFFF, (0x5A << 48) | (0x7FFF << 33)):
+    tag = 0x5A << 48
+    for handle in (0, -1, 1, 1 << 62, -(1 << 63), tag, tag | 0xFFFF_FFFF, tag | (0x7FFF << 33)):
         assert ends.run("grant_unmap", ends.bed.ops([0], handle=handle)) == 1
 
 
