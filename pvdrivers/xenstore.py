@@ -176,8 +176,7 @@ class XenStoreClient:
     def _talk(self, type_: int, payload: bytes, path: str = "", tx: int = 0) -> bytes:
         operation = wire.TYPE_NAMES[type_]
         if len(payload) > PAYLOAD_MAX:
-            raise XenStoreError(errno.E2BIG, operation, path,
-                                f"{len(payload)} bytes, a message holds {PAYLOAD_MAX}")  # fmt: skip
+            raise XenStoreError(errno.E2BIG, operation, path, f"{len(payload)} bytes, a message holds {PAYLOAD_MAX}")
         with self._lock:
             if self._broken:
                 raise XenStoreError(errno.ECONNRESET, operation, path, self._broken)
@@ -193,9 +192,9 @@ class XenStoreClient:
                 self._receive(operation, path)
             if reply.req_id != req_id or reply.type not in (type_, wire.XS_ERROR):
                 raise self._lost(errno.EPROTO, operation, path, "a reply to something that was not asked")
-            # Events may have come in behind the reply, and leave nothing to read on the socket: queue them now.
+            # An event behind the reply leaves nothing to read on the socket: it is queued now.
             if self._next(operation, path) is not None:
-                raise self._lost(errno.EPROTO, operation, path, "a reply to something that was not asked")
+                raise self._lost(errno.EPROTO, operation, path, "two replies to one request")
         if reply.type == wire.XS_ERROR:
             raise XenStoreError(wire.error_number(reply.payload), operation, path)
         return reply.payload
