@@ -293,10 +293,11 @@ def _release(qa: int, slot: int, okay: bool) -> int:
     shadow = records(q["shadow"] + slot * _SHADOW_SIZE, 1, SHADOW)[0]
     notes = q["shadow_pages"] + slot * q["max_pages"] * _SHADOW_PAGE_SIZE
     reading = okay and shadow["bounced"] != 0 and shadow["io"]["op"] == OP_READ
-    address, left = shadow["io"]["address"], shadow["io"]["sectors"] << 9
     indirect = shadow["pages"] != shadow["segments"]
-    segment = 0
-    for i in range(shadow["pages"]):
+    address, left = shadow["io"]["address"], shadow["io"]["sectors"] << 9
+    segment = shadow["segments"]
+    # Backwards, so that the stack gives the same pages in the same order again: side by side, as they were made.
+    for i in range(shadow["pages"] - 1, -1, -1):
         note = records(notes + i * _SHADOW_PAGE_SIZE, 1, SHADOW_PAGE)[0]
         page = int(note["page"])
         gref = int(note["gref"])
@@ -305,15 +306,13 @@ def _release(qa: int, slot: int, okay: bool) -> int:
                 return _violated(qa, V_STILL_MAPPED, gref)
             store32(q["grefs"] + q["grefs_n"] * 4, np.uint32(gref))
             q["grefs_n"] += 1
-        if indirect and i % 513 == 0:  # a page of descriptors and the 512 pages that it describes
-            _give_page(qa, page)
-            continue
+        lists = indirect and i % 513 == 0  # a page of descriptors; the 512 pages that it describes follow
+        segment -= 0 if lists else 1
         if page >= 0:
-            if reading:
-                copy_bytes(address + segment * _PAGE, q["pool"] + page * _PAGE, min(_PAGE, left))
-                left -= _PAGE
+            if reading and not lists:
+                done = segment * _PAGE
+                copy_bytes(address + done, q["pool"] + page * _PAGE, min(_PAGE, left - done))
             _give_page(qa, page)
-        segment += 1
     return 0
 
 

@@ -43,8 +43,8 @@ __all__ = ["Queue"]
 Done = list[tuple[int, int, int, int]]
 """Completions: (tag, 0 or -errno, operation, ns)."""
 
-_POOL_PAGES = 1408  # 11 for each entry of a four-page ring
-_GREFS = 8192
+_MOST_PAGES = 1408  # in the pool of a queue, if no request needs more: 11 for each entry of a four-page ring
+_MOST_GREFS = 2048
 _STOP = QUEUE.fields["stop"][1]  # type: ignore[index]
 assert _STOP == 0
 
@@ -142,14 +142,17 @@ class Queue:
         slots = int(q["slots"])
         lists = -(-max_segments // blkif.SEGMENTS_PER_INDIRECT_PAGE) if max_segments > blkif.MAX_SEGMENTS else 0
         need = max_segments + lists
+        q["grefs_n"] = 0
         q["granted"], q["bounce"], q["untrusted"] = granted, bounce or granted, untrusted
         q["max_segments"], q["max_pages"] = max_segments, need
         self._array("shadow", slots, SHADOW)
         self._array("shadow_pages", slots * need, SHADOW_PAGE)
         self._array("free", slots, np.dtype("i4"))[:] = np.arange(slots)[::-1]
         q["free_n"] = slots
-        self._make_pool(min(slots * need, max(_POOL_PAGES, need + need // 4)), granted)
-        self._make_grefs(0 if granted else min(slots * need, max(_GREFS, need)), need)
+        plain = slots * blkif.MAX_SEGMENTS
+        self._make_pool(max(min(plain, _MOST_PAGES), need + need // 4), need, granted)
+        if not granted:
+            self._make_grefs(max(min(plain, _MOST_GREFS), need + need // 4), need)
         q["violation"] = 0
         with self.changed:
             q["stop"] = 0
@@ -160,29 +163,44 @@ class Queue:
                 self._pump_thread.start()
             self.changed.notify_all()
 
-    def _make_pool(self, count: int, granted: bool) -> None:
+    def _make_pool(self, count: int, least: int, granted: bool) -> None:
+        """`count` pages of our own, or fewer where there is no room; with `granted` the backend may map them all."""
         pages, q = self._platform.pages, self.record[0]
-        self._pool = pages.alloc(count)
+        domid = int(q["domid"])
+        while self._pool is None:
+            self._pool_grefs = []
+            try:
+                self._pool = pages.alloc(count)
+                if granted:
+                    for frame in self._pool.frames:
+                        self._pool_grefs.append(pages.grant(frame, domid))
+            except PlatformError:
+                for gref in self._pool_grefs:
+                    pages.end(gref)
+                if self._pool is not None:
+                    self._pool.free()
+                    self._pool = None
+                if count <= least:
+                    raise
+                count = max(least, count // 2)
         q["pool"] = self._pool.address
         self._array("pool_frames", count, np.dtype("i8"))[:] = self._pool.frames
         self._array("pool_free", count, np.dtype("i4"))[:] = np.arange(count)[::-1]
+        self._array("pool_grefs", count, np.dtype("u4"))[: len(self._pool_grefs)] = self._pool_grefs
         q["pool_n"] = count
-        grefs = self._array("pool_grefs", count, np.dtype("u4"))
-        if granted:
-            self._pool_grefs = [pages.grant(frame, int(q["domid"])) for frame in self._pool.frames]
-            grefs[:] = self._pool_grefs
 
     def _make_grefs(self, count: int, least: int) -> None:
+        """`count` grefs for grants that last as long as a request, or fewer where there are no more."""
         self._reserved = ()
-        while count and not self._reserved:
+        while not self._reserved:
             try:
                 self._reserved = list(self._platform.pages.reserve(count))
             except PlatformError:
                 if count <= least:
                     raise
                 count = max(least, count // 2)
-        self._array("grefs", count, np.dtype("u4"))[:] = np.array(self._reserved or [0], np.uint32)
-        self.record[0]["grefs_n"] = len(self._reserved)
+        self._array("grefs", count, np.dtype("u4"))[:] = self._reserved
+        self.record[0]["grefs_n"] = count
 
     def deactivate(self) -> NDArray[Any]:
         """Stop using the ring: the IO records in flight, oldest first, to be requeued or failed."""
