@@ -271,7 +271,9 @@ def test_no_wake_up_is_missed(ring: Uring) -> None:
             assert uring.queue_nop(u, n) == 0
         got = 0
         while got < 1 + burst % 5:
-            assert wait(u, 5 * SECOND) > 0
+            start = time.monotonic()
+            # The software ring may give a false alarm; what must not be is a wait to the end.
+            assert wait(u, 5 * SECOND) >= 0 and time.monotonic() - start < 4
             got += len(take_all(u))
 
 
