@@ -188,8 +188,8 @@ def reap(u: int) -> int:
 def wait(u: int, timeout_ns: int) -> int:
     """Submit everything, then wait until a completion is ready or the time is over; negative waits for ever.
 
-    Returns how many completions are ready (0: the time is over, or a false alarm), or -errno. -EINTR means that a signal
-    may have come: go back to Python, whose handlers have not run yet.
+    Returns how many completions are ready (0: the time is over, or a false alarm), or -errno. -EINTR means that a
+    signal may have come: go back to Python, whose handlers have not run yet.
     """
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
