@@ -105,12 +105,3 @@ def check(row: dict[str, Any]) -> None:
     assert row["ours"] > 0 and row["theirs"] > 0 and row["pairs"] == 1
     assert row["ours_cpu_us"] > 0 and row["theirs_cpu_us"] > 0
     assert row["ours_p50_us"] > 0 and row["ours_where"] and row["theirs_where"]
-
-
-@pytest.mark.slow
-def test_a_small_run_of_the_ring() -> None:
-    from pvdrivers.bench import ring
-
-    row = ring.ROWS[0]
-    found = ring._measure(row, ring._two_cpus(), ring._tick_mhz(), None, "no peer wanted", True)
-    assert found["ours"] > 0 and found["note"] == "no peer wanted"
