@@ -17,6 +17,7 @@ from pvdrivers.storage.store import Store, open_store
 from pvdrivers.storage.uri import DiskSpec, parse_xl
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
+from pvdrivers.xenbus import XenbusState
 from rings import blkif
 
 from .attach import attach_queue, detach_queue, drop_grants, format_disk
@@ -121,7 +122,7 @@ class BlkBackend(Device):
                 spec,
                 run_dir=self.context.run_dir,
                 identity=f"{self.ident.backend_domid}-{self.ident}",
-                recover=self.journal_path.exists(),
+                recover=self._served_before(),
             )
             log.info("%s: %s", self.ident, self.store.describe())
         self.spec = spec
@@ -132,6 +133,11 @@ class BlkBackend(Device):
         if spec.indirect > 0:
             out[blkif.KEY_MAX_INDIRECT_SEGMENTS] = spec.indirect
         return out
+
+    def _served_before(self) -> bool:
+        """Whether this very disk was served by a process that has ended: then its I/O is waited for, and what it kept
+        in memory is taken over. A fresh device starts as Initialising, whatever an earlier guest left behind."""
+        return self.params.int_key("state", 0, 0, 8) > XenbusState.Initialising
 
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
         """Check the keys, map the rings, bind the ports, and have workers serve them."""

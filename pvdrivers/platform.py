@@ -22,11 +22,12 @@ GNTST_general_error = -1
 GNTST_bad_domain = -2
 GNTST_bad_gntref = -3
 GNTST_bad_handle = -4
-GNTST_no_space = -7
+GNTST_no_device_space = -7
 GNTST_permission_denied = -8
 GNTST_bad_page = -9
 GNTST_bad_copy_arg = -10
 GNTST_eagain = -12
+GNTST_no_space = -13
 
 # GRANT_OP.flags
 OP_READONLY = 1  # map: GNTMAP_readonly
