@@ -318,7 +318,7 @@ def run(la: int, until: int) -> int:
             _forget_again(la)
         elif _issue(la, now) > 0:
             kick(queue)
-        n = reap(queue, load["done"], BATCH, now)
+        n = reap(queue, load["done"], np.int64(BATCH), now)  # a literal would compile another one
         if n < 0:
             return VIOLATED
         for i in range(n):
@@ -339,7 +339,7 @@ def run(la: int, until: int) -> int:
                     return VIOLATED
                 if n == 0:
                     load["sleeps"] += 1
-                    if wait(queue, _TICK_MS) < 0:
+                    if wait(queue, np.int64(_TICK_MS)) < 0:
                         return SLICE  # a signal: Python's handlers run
         if now >= until:
             return SLICE
