@@ -214,13 +214,17 @@ def take(end: int, out: int, stride: int, limit: int) -> int:
     n = available(end)
     if n <= 0:
         return n
-    if n > limit:
-        n = limit
+    n = min(n, limit)
+    if n <= 0:
+        return 0
     e = records(end, 1, RING_END)[0]
     slots, size, mask, cons = e["slots"], e["entry_size"], e["nr_ents"] - 1, e["cons"]
     if stride <= size:
-        # The caller's stride is a constant once inlined, and so becomes a handful of vector moves.
-        for i in range(n):
+        # The caller's stride is a constant once inlined, and so becomes a handful of vector moves. The first
+        # message is taken before the loop, for it is often the only one, and then what a loop costs to set up
+        # is to be seen.
+        copy_bytes(out, slots + (cons & mask) * size, stride)
+        for i in range(1, n):
             copy_bytes(out + i * stride, slots + ((cons + i) & mask) * size, stride)
     else:
         for i in range(n):

@@ -57,7 +57,7 @@ MUTANTS = {
         'distance(new, e["pushed"])',
         'distance(new, load_once32(e["prod"]))',
     ),
-    "take past the limit": ("ring.py", "    if n > limit:\n        n = limit\n", ""),
+    "take past the limit": ("ring.py", "    n = min(n, limit)\n", ""),
     "take copies too much": ("ring.py", "    if stride <= size:", "    if True:"),
     "cons not cut to 32 bits": ("ring.py", 'e["cons"] = (e["cons"] + n) & 0xFFFFFFFF', 'e["cons"] = e["cons"] + n'),
     "entries not rounded": ("ring.py", "return 1 << (fit.bit_length() - 1) if fit else 0", "return fit"),
