@@ -58,7 +58,8 @@ def entry_at(ca: int, index: int) -> Any:
 
 @inline
 def _head_index(c: Any, gref: int) -> int:
-    return ((gref * 0x9E3779B1) >> 8) & (c["n_heads"] - 1)
+    # 29 bits by 32: a signed product that overflows is undefined in a kernel as it is in C (numba emits nsw).
+    return ((gref * 0x1E3779B1) >> 8) & (c["n_heads"] - 1)
 
 
 @kernel
