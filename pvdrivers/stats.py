@@ -35,6 +35,7 @@ class StatsFile:
             os.posix_fallocate(fd, 0, size)
             self._map = mmap.mmap(fd, size)
         except OSError as e:
+            os.unlink(temporary)
             raise PvError(f"statistics {path}: no room for {size} bytes ({e.strerror})") from e
         finally:
             os.close(fd)
@@ -58,6 +59,9 @@ def read_stats(path: Path) -> tuple[dict[str, Any], np.ndarray] | None:
     try:
         data = path.read_bytes()
         about = json.loads(data[:HEADER].rstrip(b"\0"))
-        return about, np.frombuffer(data, STATS, about["queues"], HEADER).copy()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError):
         return None
+    queues = about.get("queues") if isinstance(about, dict) else None
+    if type(queues) is not int or queues < 1 or len(data) < HEADER + queues * STATS.itemsize:
+        return None
+    return about, np.frombuffer(data[HEADER:], STATS, queues).copy()

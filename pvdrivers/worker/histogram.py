@@ -1,4 +1,4 @@
-"""Latency histograms: eight buckets an octave, so a percentile is right within 9 %."""
+"""Latency histograms: eight buckets an octave, so a percentile is too high by an eighth at the most."""
 
 from __future__ import annotations
 

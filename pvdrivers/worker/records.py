@@ -205,7 +205,7 @@ STATS = np.dtype(
         ("inflight", "u8"),
         ("state", "u8"),  # RING.state, for the reader
         ("nr_ents", "u8"),
-        ("pad", "u8", (5,)),
+        ("pad", "u8", (7,)),  # to whole cache lines: the next queue may be another worker's
         ("hist", "u8", (HIST_KINDS, HIST_BUCKETS)),
     ],
     align=True,

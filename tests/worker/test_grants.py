@@ -1,0 +1,329 @@
+"""acquire and release: every page that was had is let go of once, and a page that cannot be had fails its request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pvdrivers.platform import GRANT_OP
+from pvdrivers.worker import grants
+from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
+from tests.worker.bed import PAGE, Bed, purge
+
+GREFS, SLOTS, MAX_OPS, BOUNCE, BOUND = 12, 8, 8, 20, 6
+BAD_GNTREF = -3
+
+Segment = tuple[int, int, int]
+segment = st.builds(
+    lambda gref, first, last: (gref, first * 512, (max(first, last) - first + 1) * 512),
+    st.integers(0, GREFS),  # the last is none of the guest's
+    st.sampled_from([0, 0, 0, 3, 7]),
+    st.sampled_from([7, 7, 7, 4, 0]),
+)
+request = st.tuples(st.lists(segment, max_size=MAX_OPS), st.booleans(), st.booleans())
+
+
+def merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours in memory as one."""
+    out: list[tuple[int, int]] = []
+    for base, length in parts:
+        if out and out[-1][0] + out[-1][1] == base:
+            out[-1] = (out[-1][0], out[-1][1] + length)
+        else:
+            out.append((base, length))
+    return out
+
+
+class Grants(RuleBasedStateMachine):
+    """Requests of one ring, some refused, that come and go in any order."""
+
+    policy = POLICY_MAP
+
+    @initialize()
+    def begin(self) -> None:
+        self.bed = Bed(self.policy, grefs=GREFS, slots=SLOTS, max_ops=MAX_OPS, bounce=BOUNCE, bound=BOUND)
+        self.free = list(range(SLOTS))
+        self.flying: dict[int, tuple[list[Segment], bool]] = {}
+        self.now = 0
+        self.has_block = -1
+
+    @rule(gref=st.integers(0, GREFS - 1), refused=st.booleans())
+    def guest_changes_its_mind(self, gref: int, refused: bool) -> None:
+        self.bed.refused[gref] = BAD_GNTREF if refused else 0
+
+    def bad(self, gref: int) -> bool:
+        return gref >= GREFS or self.bed.refused[gref] != 0
+
+    @rule(requests=st.lists(request, min_size=1, max_size=SLOTS))
+    def a_pass(self, requests: list[tuple[list[Segment], bool, bool]]) -> None:
+        self.now += 1
+        self.bed.worker[0]["now"] = self.now
+        slots = []
+        for segments, to_guest, block in requests[: len(self.free)]:
+            block = block and self.has_block < 0 and self.bed.worker[0]["blocks_n"] == 1
+            if not self.bed.prepare(self.free[-1], segments, to_guest, block=block):
+                break
+            slots.append(self.free.pop())
+            self.has_block = slots[-1] if block else self.has_block
+            self.flying[slots[-1]] = (segments, to_guest)
+        kept = set(self.bed.cached()) if self.policy == POLICY_PERSISTENT else set()
+        self.bed.acquire(slots)
+        self.look_at(slots, kept)
+
+    def look_at(self, slots: list[int], kept: set[int]) -> None:
+        for slot in slots:
+            segments, to_guest = self.flying[slot]
+            lacking = [g for g, _, _ in segments if self.bad(g) and g not in kept]
+            if self.policy == POLICY_COPY and to_guest:
+                lacking = []  # not looked at before there is something to copy
+            assert (self.bed.reqs[slot]["failed"] != 0) == bool(lacking)
+            if not lacking:
+                self.usable(slot)
+
+    def usable(self, slot: int) -> None:
+        """The iovecs are the guest's pages, in order."""
+        segments, _ = self.flying[slot]
+        start = self.bed.pages.ctypes.data
+        assert self.bed.iovecs(slot) == merged([(start + g * PAGE + at, n) for g, at, n in segments])
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data())
+    def one_ends(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.flying)))
+        self.ends(slot)
+
+    def ends(self, slot: int) -> None:
+        self.bed.release(slot)
+        assert self.bed.reqs[slot]["held"] == 0 and self.bed.reqs[slot]["block"] == 0
+        if slot == self.has_block:
+            self.has_block = -1
+        del self.flying[slot]
+        self.free.append(slot)
+
+    def expected(self) -> np.ndarray:
+        """How often each page should be mapped now."""
+        want = np.zeros(GREFS, np.int32)
+        for slot, (segments, _) in self.flying.items():
+            handles = self.handles(slot, len(segments))
+            for (gref, _, _), handle in zip(segments, handles):
+                if handle != -1:
+                    want[gref] += 1
+        return want
+
+    def handles(self, slot: int, n: int) -> list[int]:
+        held = self.bed.held[slot]
+        if slot == self.has_block:
+            at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
+            held = self.bed.block[at : at + 32 * n].view(GRANT_OP)
+        return [int(held[k]["handle"]) for k in range(n)]
+
+    @invariant()
+    def nothing_is_undone_twice(self) -> None:
+        if hasattr(self, "bed"):
+            self.bed.check()
+            self.balance()
+            assert self.bed.worker[0]["blocks_n"] == (1 if self.has_block < 0 else 0)
+
+    def balance(self) -> None:
+        assert (self.bed.mapped == self.expected()).all()
+
+    def teardown(self) -> None:
+        if hasattr(self, "bed"):
+            for slot in list(self.flying):
+                self.ends(slot)
+            self.bed.check()
+            self.at_rest()
+
+    def at_rest(self) -> None:
+        assert not self.bed.mapped.any()
+        assert int(self.bed.stats[0]["grants_mapped"]) == self.bed.counts[0]["maps"]
+
+
+class Persistent(Grants):
+    """What was mapped stays, up to a bound."""
+
+    policy = POLICY_PERSISTENT
+
+    def balance(self) -> None:
+        cached = self.bed.cached()
+        assert len(cached) <= BOUND
+        assert int(self.bed.stats[0]["persistent_held"]) == len(cached)
+        assert all(self.bed.mapped[g] >= 1 for g in cached)
+        users = sum(cached.values())
+        own = int(self.bed.mapped.sum()) - len(cached)
+        good = sum(h != -1 for s, (segments, _) in self.flying.items() for h in self.handles(s, len(segments)))
+        assert users + own == good
+        assert not self.bed.readonly.any()  # a page is for reading and writing, whoever comes first
+
+    @rule(age=st.integers(0, 3))
+    def idle_pages_go(self, age: int) -> None:
+        op = np.zeros(1, GRANT_OP)
+        before = self.bed.cached()
+        n = int(grants.drop_cache(self.bed.wa, self.bed.ra, self.now - age, op.ctypes.data))
+        after = self.bed.cached()
+        assert len(before) - len(after) == n
+        assert all(users == 0 for gref, users in before.items() if gref not in after)
+
+    def at_rest(self) -> None:
+        cached = self.bed.cached()
+        assert not any(cached.values())
+        assert [int(g) for g in np.flatnonzero(self.bed.mapped)] == sorted(cached)
+        assert self.bed.mapped.max(initial=0) <= 1
+        op = np.zeros(1, GRANT_OP)
+        assert int(grants.drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data)) == len(cached)
+        assert not self.bed.mapped.any()
+        self.bed.check()
+
+
+class Copy(Grants):
+    """Nothing is ever mapped."""
+
+    policy = POLICY_COPY
+
+    def usable(self, slot: int) -> None:
+        segments, to_guest = self.flying[slot]
+        places = [int(op["address"]) for op in self.ops(slot, len(segments))]
+        assert self.bed.iovecs(slot) == merged([(at, n) for at, (_, _, n) in zip(places, segments)])
+        if not to_guest:
+            for at, (gref, offset, n) in zip(places, segments):
+                index = at - self.bed.bounce.ctypes.data
+                assert (self.bed.bounce[index : index + n] == self.bed.pages[gref, offset : offset + n]).all()
+
+    def ops(self, slot: int, n: int) -> np.ndarray:
+        if slot != self.has_block:
+            return self.bed.held[slot][:n]
+        at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
+        return self.bed.block[at : at + 32 * n].view(GRANT_OP)
+
+    def ends(self, slot: int) -> None:
+        segments, to_guest = self.flying[slot]
+        if to_guest and segments and self.bed.reqs[slot]["failed"] == 0:
+            self.read_back(slot, segments)
+        super().ends(slot)
+
+    def read_back(self, slot: int, segments: list[Segment]) -> None:
+        """The data of a read: into the guest's pages, and nowhere beside them."""
+        want = self.bed.pages.copy()
+        for k, (op, (gref, offset, n)) in enumerate(zip(self.ops(slot, len(segments)), segments)):
+            index = int(op["address"]) - self.bed.bounce.ctypes.data
+            self.bed.bounce[index : index + n] = 100 + k
+            if not self.bad(gref):
+                want[gref, offset : offset + n] = 100 + k
+        grants.copy_segments(self.bed.wa, self.bed.qa(slot), 1)
+        assert (self.bed.pages == want).all()
+        assert (self.bed.reqs[slot]["failed"] != 0) == any(self.bad(g) for g, _, _ in segments)
+
+    def balance(self) -> None:
+        assert self.bed.counts[0]["maps"] == 0
+        places = [int(op["address"]) for s, (segs, _) in self.flying.items() for op in self.ops(s, len(segs))]
+        assert len(set(places)) == len(places)
+        assert self.bed.worker[0]["bounce_n"] == BOUNCE - len(places)
+        assert self.bed.worker[0]["bounce_reserved"] == 0
+
+    def at_rest(self) -> None:
+        assert self.bed.worker[0]["bounce_n"] == BOUNCE
+
+
+TestMap = Grants.TestCase
+TestPersistent = Persistent.TestCase
+TestCopy = Copy.TestCase
+TestMap.settings = TestPersistent.settings = TestCopy.settings = settings(stateful_step_count=25)
+
+
+def whole(*grefs: int) -> list[Segment]:
+    return [(g, 0, PAGE) for g in grefs]
+
+
+@pytest.mark.parametrize("policy", [POLICY_MAP, POLICY_PERSISTENT, POLICY_COPY])
+def test_one_bad_page_fails_its_request_alone(policy: int) -> None:
+    bed = Bed(policy, bounce=64)
+    bed.refused[4] = BAD_GNTREF
+    for slot, segments in enumerate([whole(0, 1), whole(3, 4, 5), whole(2), []]):
+        assert bed.prepare(slot, segments, to_guest=False)
+    bed.acquire([0, 1, 2, 3])
+    assert [int(r["failed"]) for r in bed.reqs[:4]] == [0, BAD_GNTREF, 0, 0]
+    assert int(bed.stats[0]["map_failures"]) == 1
+    for slot in range(4):
+        bed.release(slot)
+    assert bed.mapped.sum() == (5 if policy == POLICY_PERSISTENT else 0)
+    bed.check()
+
+
+def test_neighbours_are_one_iovec() -> None:
+    bed = Bed(POLICY_MAP)
+    bed.prepare(0, [*whole(1, 2), (3, 0, 512), (5, 512, 512), (5, 1024, 3072), (6, 0, 1024), (2, 0, 4096)], False)
+    bed.acquire([0])
+    at = bed.pages.ctypes.data
+    assert bed.iovecs(0) == [(at + PAGE, 2 * PAGE + 512), (at + 5 * PAGE + 512, 3584 + 1024), (at + 2 * PAGE, PAGE)]
+    bed.release(0)
+    bed.check()
+
+
+def test_more_pages_than_a_batch_holds() -> None:
+    bed = Bed(POLICY_MAP, max_ops=8)
+    for slot, n in enumerate([5, 3, 1, 8, 7, 2]):
+        bed.prepare(slot, whole(*range(n)), to_guest=True)
+    bed.acquire([0, 1, 2, 3, 4, 5])
+    assert bed.counts[0]["maps"] == 26
+    assert (int(bed.counts[0]["calls"]), int(bed.counts[0]["largest"])) == (5, 8)
+    for slot in (3, 0, 5, 1, 4, 2):
+        bed.release(slot)
+    assert not bed.mapped.any()
+    bed.check()
+
+
+def test_pages_of_a_write_are_mapped_readonly() -> None:
+    bed = Bed(POLICY_MAP)
+    bed.prepare(0, whole(0), to_guest=True)
+    bed.prepare(1, whole(1), to_guest=False)
+    bed.acquire([0, 1])
+    assert bed.readonly[:2].tolist() == [0, 1]
+    bed.release(0)
+    bed.release(1)
+
+
+def test_the_same_page_twice_in_one_pass() -> None:
+    """Both are mapped, one is kept; the other goes with its request."""
+    bed = Bed(POLICY_PERSISTENT)
+    bed.prepare(0, whole(3, 3), to_guest=True)
+    bed.prepare(1, whole(3), to_guest=False)
+    bed.acquire([0, 1])
+    assert bed.mapped[3] == 3 and bed.cached() == {3: 1}
+    bed.release(1)
+    assert bed.mapped[3] == 2
+    bed.release(0)
+    assert bed.mapped[3] == 1 and bed.cached() == {3: 0}
+    bed.prepare(0, whole(3, 3), to_guest=True)
+    bed.acquire([0])
+    assert bed.mapped[3] == 1 and bed.cached() == {3: 2} and int(bed.stats[0]["persistent_hits"]) == 2
+    bed.release(0)
+    bed.check()
+
+
+def test_pages_that_were_not_used_for_a_minute_go() -> None:
+    bed = Bed(POLICY_PERSISTENT)
+    for gref, now in ((0, 1), (1, 30_000_000_000)):
+        bed.worker[0]["now"] = now
+        bed.prepare(0, whole(gref), to_guest=True)
+        bed.acquire([0])
+        bed.release(0)
+    for now, left in ((59_000_000_000, {0, 1}), (60_500_000_000, {1}), (60_600_000_000, {1}), (91_000_000_000, set())):
+        bed.worker[0]["now"] = now
+        purge(bed.wa, bed.ra)
+        assert set(bed.cached()) == left
+    assert not bed.mapped.any()
+    bed.check()
+
+
+def test_who_waits_for_bounce_pages_is_woken_by_a_release() -> None:
+    bed = Bed(POLICY_COPY, bounce=8)
+    assert bed.prepare(0, whole(0), to_guest=True)
+    bed.acquire([0])
+    assert not bed.prepare(1, whole(0), to_guest=True)
+    bed.worker[0]["starved"], bed.ring[0]["blocked"] = 1, 1
+    bed.release(0)
+    assert (int(bed.worker[0]["ready_head"]), int(bed.worker[0]["starved"])) == (bed.ra, 0)
+    assert bed.prepare(1, whole(0), to_guest=True)
