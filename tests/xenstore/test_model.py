@@ -73,7 +73,7 @@ class World:
     def find(self, who: int, path: bytes, need: str) -> ModelNode | None:
         node = self.get(path)
         if node is None:
-            if who:
+            if who or self.outer is not None:
                 above = up(path)
                 while self.get(above) is None:
                     above = up(above)

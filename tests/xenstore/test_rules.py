@@ -274,6 +274,21 @@ def test_target(stepped: Any) -> None:
     assert stepped.server.domains[10].domids == {10}
 
 
+def test_a_transaction_that_sees_different_moments(stepped: Any) -> None:
+    dom0, other = stepped.connect(), stepped.connect()
+    for late, early in ((b"/p/late", b"/p/early"), (b"/q/a/late", b"/q/a/early")):
+        dom0.write(early, b"")
+        tx = dom0.begin()
+        dom0.read(early.rpartition(b"/")[0], tx)
+        other.write(late, b"")
+        other.ask(XS_RM, early)
+        assert dom0.ask(XS_RM, late, tx=tx) == OK, "its parent as seen does not have it"
+        assert dom0.write(early, b"", tx) == OK, "its parent as seen has it already"
+        assert dom0.ask(XS_RM, early.rpartition(b"/")[0], tx=tx) == OK
+        assert dom0.end(tx) == errno.EAGAIN
+        assert stepped.server.nodes.check() == []
+
+
 def test_reset_watches(stepped: Any) -> None:
     guest = stepped.guest(5)
     guest.ask(XS_WATCH, b"a", b"t")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 
-from .permissions import Perms, Refused
+from .permissions import Perms, Refused, forget
 from .quota import Domain, Quotas
 from .tree import Node, Tree
 
@@ -106,11 +106,12 @@ class Transaction:
         self.fires[path] = exact and self.fires.get(path, True)
 
     def domain_gone(self, domid: int) -> None:
-        """A released domain must not get nodes back from a transaction that began before."""
-        if domid in self._delta or any(
-            node is not None and any(d == domid for d, _ in node.perms)
-            for node in (self.nodes[path] for path in self.changed)
-        ):
+        """A released domain has no rights here either, and gets no node from a transaction that began before."""
+        for node in (*self.seen.values(), *self.nodes.values()):
+            if node is not None:
+                node.perms = forget(node.perms, domid)
+        changed = (self.nodes[path] for path in self.changed)
+        if any(node is not None and node.perms[0][0] == domid for node in changed):
             self.failed = self.failed or errno.EAGAIN
 
     def commit(self) -> None:

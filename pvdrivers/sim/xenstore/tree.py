@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from .permissions import DOM0_ONLY, Perms, Refused, forget
@@ -125,9 +125,8 @@ class Tree:
             if node.perms[0][0] == domid and path != b"/":
                 owned.append(path)
                 continue
-            perms = forget(node.perms, domid)
-            if perms is not node.perms:
-                self.set_perms(path, perms)
+            # In place, and no change of the node: transactions that use it do not fail for this.
+            node.perms = forget(node.perms, domid)
             pending.extend(child_of(path, name) for name in node.children)
         if self.nodes[b"/"].perms[0][0] == domid:
             self.set_perms(b"/", DOM0_ONLY)  # the root cannot go
@@ -175,23 +174,32 @@ def child_of(path: bytes, name: bytes) -> bytes:
     return path + b"/" + name if path != b"/" else b"/" + name
 
 
+# A transaction sees each node as of another moment, so that a parent may not have a child that is there, or have
+# one that is not. It cannot be committed then, but its requests must not fail for it.
+
+
 def enter(parent: Node, name: bytes) -> None:
     """Adds a name to the children of a node got by View.change()."""
-    parent.children[name] = None
-    parent.childlen += len(name) + 1
+    if name not in parent.children:
+        parent.children[name] = None
+        parent.childlen += len(name) + 1
 
 
 def strike(parent: Node, name: bytes) -> None:
     """Takes a name from the children of a node got by View.change()."""
-    del parent.children[name]
-    parent.childlen -= len(name) + 1
+    if name in parent.children:
+        del parent.children[name]
+        parent.childlen -= len(name) + 1
 
 
-def below(view: View, path: bytes) -> Iterator[bytes]:
+def below(view: View, path: bytes) -> list[bytes]:
     """The paths of a subtree, children before their parents, `path` itself last."""
-    order = [path]
-    for known in order:
-        node = view.get(known)
-        assert node is not None
-        order.extend(child_of(known, name) for name in node.children)
-    return reversed(order)
+    pending, found = [path], []
+    while pending:
+        at = pending.pop()
+        node = view.get(at)
+        if node is not None:
+            found.append(at)
+            pending.extend(child_of(at, name) for name in node.children)
+    found.reverse()
+    return found
