@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from pvdrivers.storage.uri import DiskSpec, parse_disk
 from rings.vdev import vdev_name, vdev_number
 
 _CONNECT = 30.0  # seconds; a backend may have to open an image on a slow disk
+_SECOND_TRY = 1.5  # seconds that a backend which reports an error may still come round
 _DETACH = 10.0
 _LOOK = 1.0  # seconds between looks at disks that may have failed
 
@@ -136,11 +138,25 @@ class Guest:
         self._backends.append(backend)
         disk = Blkfront(self._platform, devid, watches=self._watches, **options)
         self.disks.append(disk)
-        try:
-            disk.connect(_CONNECT)
-        except PvError as error:
-            raise PvError(f"{error}{self._backend_error(backend)}") from error
+        self._connect(disk, backend)
         return disk
+
+    def _connect(self, disk: Blkfront, backend: str) -> None:
+        """Wait for the backend, but not for one that says why it will not come."""
+        deadline = time.monotonic() + _CONNECT
+        patience = None
+        disk.start()
+        while not disk.wait_state(lambda: disk.connections or disk.failure, _LOOK / 4):
+            said = self._backend_error(backend)
+            if said and patience is None:
+                patience = time.monotonic() + _SECOND_TRY
+            if time.monotonic() > min(deadline, patience or deadline):
+                break
+        try:
+            disk.connect(0)
+        except PvError as error:
+            said = self._backend_error(backend)
+            raise PvError(f"disk {disk.name}: {said}" if said else str(error)) from error
 
     def _next_name(self) -> str:
         taken = {disk.name for disk in self.disks}
@@ -149,8 +165,9 @@ class Guest:
     def _backend_error(self, backend: str) -> str:
         """What the backend has to say, where Linux's xenbus_dev_error puts it."""
         node = backend.removeprefix("/local/domain/0/")
-        text = self._toolstack.store.read(f"/local/domain/0/error/{node}/error")
-        return "" if text is None else f" It says: {text.decode(errors='replace')}"
+        text = self._toolstack.store.read(f"/local/domain/0/error/{node}/error") or b""
+        number, _, rest = text.decode(errors="replace").partition(" ")
+        return rest if number.lstrip("-").isdigit() else text.decode(errors="replace")
 
     def close(self) -> None:
         """Close the disks, detach them, destroy the domain. Signals have to wait meanwhile."""

@@ -70,7 +70,7 @@ def test_demo_is_interrupted(tmp_path: Path, number: int) -> None:
 
 def test_demo_keeps_what_is_on_a_disk(tmp_path: Path) -> None:
     image = tmp_path / "mine.img"
-    image.write_bytes(bytes(8 << 20) + b"precious" + bytes(1 << 20))
+    image.write_bytes(bytes(8 << 20) + b"precious" * 64 + bytes(1 << 20))
     before = image.read_bytes()
     done = subprocess.run([*DEMO, "--disk", str(image)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ FEATURES = {
     "trusted": [True, False],
 }
 ALL = list(itertools.product(*FEATURES.values()))
-# Every tenth, in an order that mixes them: each pair of values of two features comes up.
-SOME = ALL[::29]
+# Steps that share no factor with the number of cases mix the features: each pair of values of two comes up.
+SOME = ALL[::19]
+MORE = [case for case in ALL[::5] if case not in SOME]
 
 
 def _verify(disk: Blkfront, image: Path, block_size: int, requests: int) -> None:
@@ -81,8 +83,8 @@ def test_some(run_dir: Path, image: Path, case: tuple[object, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in ALL if case not in SOME], ids=_name)
-def test_the_others(run_dir: Path, image: Path, case: tuple[object, ...]) -> None:
+@pytest.mark.parametrize("case", MORE, ids=_name)
+def test_more(run_dir: Path, image: Path, case: tuple[object, ...]) -> None:
     _run(run_dir, image, case, 500)
 
 
@@ -128,15 +130,11 @@ def test_read_only(run_dir: Path, image: Path) -> None:
             disk.write(0, bytes(512))
 
 
-def test_an_image_that_is_missing_is_said_clearly(run_dir: Path, tmp_path: Path, monkeypatch: object) -> None:
-    from pvdrivers.cli import guest as module
-
-    before, module._CONNECT = module._CONNECT, 2.0
-    try:
-        with Guest(run_dir, memory_mib=64) as guest, pytest.raises(PvError, match="It says: .*nothing.img"):
-            guest.attach(parse_disk(str(tmp_path / "nothing.img")))
-    finally:
-        module._CONNECT = before
+def test_an_image_that_is_missing_is_said_clearly(run_dir: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with Guest(run_dir, memory_mib=64) as guest, pytest.raises(PvError, match="disk xvda: .*nothing.img"):
+        guest.attach(parse_disk(str(tmp_path / "nothing.img")))
+    assert time.monotonic() - began < 20
 
 
 def test_several_disks_of_one_guest(run_dir: Path, tmp_path: Path) -> None:
