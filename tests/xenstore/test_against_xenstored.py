@@ -190,7 +190,7 @@ class Store:
         self.guest = guest
         self.clients = dom0
         self.transactions: list[list[int]] = [[], []]
-        self.gave_away: set[tuple[int, int]] = set()  # (client, transaction) that set permissions
+        self.modifying: set[tuple[int, int]] = set()  # (client, transaction)
 
     def introduce(self, domid: int) -> Client:
         assert self.clients[0].ask(wire.XS_INTRODUCE, b"%d\0001\0002\0" % domid)[1] == b"OK\0"
@@ -221,7 +221,7 @@ class Store:
         self.clients[0].ask(wire.XS_WRITE, b"/\0")
         del self.clients[2:]
         self.transactions = [[], []]
-        self.gave_away.clear()
+        self.modifying.clear()
         self.heard()
 
     def release(self, domid: int) -> tuple[int, bytes]:
@@ -241,15 +241,16 @@ class Store:
         client: Client = self.clients[who]
         open_ = self.transactions[who]
         tx = open_[place - 1] if 0 < place <= len(open_) else 0
-        if what == "set_perms" and tx:
-            self.gave_away.add((who, tx))
+        if what in ("write", "mkdir", "rm", "set_perms") and tx:
+            self.modifying.add((who, tx))
         if what == "again":  # the domain dies, and another one gets its number
-            # A node given to the old domain in a transaction goes to the new one with xenstored, not with ours.
-            for other, given in self.gave_away:
+            # With xenstored, not with ours, what a transaction has changed meanwhile keeps the old domain's
+            # permissions for the new one; so only those that read go on.
+            for other, given in self.modifying:
                 if given in self.transactions[other]:
                     self.transactions[other].remove(given)
                     self.clients[other].ask(wire.XS_TRANSACTION_END, b"F\0", given)
-            self.gave_away.clear()
+            self.modifying.clear()
             reply = self.release(who - 1)
             self.clients[who] = self.introduce(who - 1)
             open_.clear()
