@@ -33,6 +33,7 @@ from .records import K_BARRIER, K_DISCARD, K_FLUSH, K_READ, K_SECURE, blk_at, di
 _IOVEC_SIZE = IOVEC.itemsize
 _PUNCH_HOLE_KEEP_SIZE = 2 | 1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _MAX_RETRIES = 64
+_IOV_MAX = 1024  # the kernel refuses more (EINVAL); an indirect request may have 4096 segments
 
 # BLK_REQ.stage: what is under way.
 S_DATA = 0
@@ -95,7 +96,8 @@ def _start_data(wa: int, qa: int, da: int) -> None:
             _queue(wa, qa, queue_rw(w["uring"], op, disk["fd"], v["base"], v["length"], offset, qa))
         else:
             op = IORING_OP_READV if reading else IORING_OP_WRITEV
-            _queue(wa, qa, queue_rw(w["uring"], op, disk["fd"], req["iov"], req["n_iov"], offset, qa))
+            n_iov = min(req["n_iov"], _IOV_MAX)  # the rest follows, as after any short I/O
+            _queue(wa, qa, queue_rw(w["uring"], op, disk["fd"], req["iov"], n_iov, offset, qa))
         return
     if disk["store"] == STORE_MEMORY:
         _copy_memory(qa, disk["memory"] + offset, reading)
