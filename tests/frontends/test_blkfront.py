@@ -178,3 +178,57 @@ def test_orderly_close(setup: Any) -> None:
     with pytest.raises(OSError):
         disk.read(0, 512)
     disk.close()
+
+
+def test_a_platform_that_grants_pages_once_and_for_all(setup: Any) -> None:
+    """As gntalloc does: data goes through pages that stay granted, whether or not the backend keeps them mapped."""
+    backend = setup.serve(feature_max_indirect_segments=32)
+    setup.guest.pages.dynamic = False
+    disk = setup.connect()
+    assert not disk.persistent
+    data = os.urandom(65536)
+    buffer = disk.buffer(65536)
+    buffer.view[:] = data
+    disk.submit(Io("write", 0, 65536, buffer)).result(10)
+    assert disk.read(0, 65536) == data
+    first = [gref for gref, _, _ in backend.requests[0].segments]
+    disk.read(0, 65536)
+    assert [gref for gref, _, _ in backend.requests[-1].segments] == first
+    assert disk.stats()["granted_pages"] == 0
+    buffer.free()
+
+
+def test_what_does_not_fit_waits(setup: Any) -> None:
+    """More requests than the ring has slots, and a caller for each."""
+    backend = setup.serve()
+    disk = setup.connect()
+    backend.serving = False
+    futures = [disk.submit(Io("write", i * 512, 512, bytes([i % 251]) * 512)) for i in range(300)]
+    assert disk.stats()["in_flight"] == 32
+    assert not any(future.done() for future in futures)
+    backend.serving = True
+    assert [future.result(10) for future in futures] == [512] * 300
+    assert backend.data[: 300 * 512] == b"".join(bytes([i % 251]) * 512 for i in range(300))
+
+
+def test_many_threads(setup: Any) -> None:
+    import threading
+
+    setup.serve(multi_queue_max_queues=2)
+    disk = setup.connect(queues=2, ring_order=1)
+    wrong: list[int] = []
+
+    def work(me: int) -> None:
+        for i in range(40):
+            data = bytes([me * 16 + i % 16]) * 4096
+            disk.write(me * 65536 + i % 16 * 4096, data)
+            if disk.read(me * 65536 + i % 16 * 4096, 4096) != data:
+                wrong.append(me)
+
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert disk.stats()["reads"] == disk.stats()["writes"] == 320
