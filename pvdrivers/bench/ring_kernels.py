@@ -18,7 +18,7 @@ from rings.blkif import (
     RSP_OKAY,
     put_response_64,
 )
-from rings.jit import kernel
+from rings.jit import inline, kernel
 from rings.ring import (
     RING_END,
     advance_prod,
@@ -42,6 +42,17 @@ BATCH = 64
 def now() -> int:
     """The cycle counter."""
     return cycles()
+
+
+@inline
+def relax() -> None:
+    """Between two looks at an index that has not moved: two pauses.
+
+    A look that comes while the peer is about to write takes the cache line away from it. One pause is 10 % slower
+    here at depth 1; three are slower again. The C peer has one, as is usual, and gains nothing by a second.
+    """
+    pause()
+    pause()
 
 
 @kernel
@@ -92,7 +103,7 @@ def front(
             return FAILED
         if n == 0:
             if mode == POLL:
-                pause()
+                relax()
             elif final_check(end) == 0:
                 eventfd_take(own_event)
             continue
@@ -120,7 +131,7 @@ def back(end: int, total: int, mode: int, own_event: int, peer_event: int, inbox
             return FAILED
         if n == 0:
             if mode == POLL:
-                pause()
+                relax()
             elif final_check(end) == 0:
                 eventfd_take(own_event)
             continue
