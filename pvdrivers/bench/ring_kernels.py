@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pvdrivers.syscalls import eventfd_add, eventfd_take
@@ -113,8 +115,10 @@ def front(
             id = np.int64(r["id"])
             if r["status"] != RSP_OKAY or id < 0 or id >= STAMPS:
                 return FAILED
-            at = np.int64((t - load64(stamps + id * 8)) * ns_per_tick) // BUCKET_NS
-            bucket = latency + min(at, BUCKETS - 1) * 8
+            at: Any = np.int64((t - load64(stamps + id * 8)) * ns_per_tick) // BUCKET_NS
+            if at > BUCKETS - 1:
+                at = BUCKETS - 1
+            bucket = latency + at * 8
             store64(bucket, load64(bucket) + 1)
         received += n
     return cycles() - began

@@ -41,7 +41,7 @@ class Violation(AssertionError):
     """The protocol fails, and this is how."""
 
 
-# What the kernels call, as accesses. Private memory is a dict at `end["private"]`, handed around by `Copies`.
+# What the kernels call, as accesses.
 
 
 def load(address: int) -> Steps:
@@ -93,15 +93,7 @@ class ToGenerators(ast.NodeTransformer):
         return node
 
 
-STOPPING = {
-    "load_acquire32",
-    "load_once32",
-    "store_once32",
-    "store_release32",
-    "full_barrier",
-    "copy_bytes",
-    "copy_in",
-}
+STOPPING = set("load_acquire32 load_once32 store_once32 store_release32 full_barrier copy_bytes copy_in".split())
 
 
 @functools.lru_cache
