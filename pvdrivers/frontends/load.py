@@ -159,7 +159,7 @@ class _Worker:
         load["buffer"], load["slot_bytes"] = self.buffer.address, slot_bytes
         load["frames"] = self.buffer.frames_at(0) if plan.zero_copy else 0
         load["generations"] = ledger.generations[first:].ctypes.data
-        load["random_state"] = (plan.seed * 0x9E3779B1 + index * 0x85EBCA77 + 1) & 0xFFFFFFFFFFFF
+        load["random_state"] = (plan.seed * 0x9E3779B1 + index * 0x85EBCA77) & 0xFFFFFFFF | 1
         self._array("slots", depth, kernels.SLOT)
         self._array("free", depth, np.dtype("i4"))[:] = np.arange(depth)[::-1]
         self._array("busy", blocks, np.dtype("u1"))
@@ -175,34 +175,38 @@ class _Worker:
         return array
 
     def run(self) -> None:
-        """Until all is done. On a thread of its own; the kernel runs without the GIL."""
-        at = int(self.record.ctypes.data)
-        alone_since = time.monotonic()
+        """Until all is done, or `failure` says why not. On a thread of its own; the kernel runs without the GIL."""
         self.queue.borrow()
         try:
-            while True:
-                with self.queue.lock:
-                    active = self.queue.wait_active(_SLICE)
-                    if self._disk.failure or time.monotonic() - alone_since > _RECONNECT:
-                        self.failure = self._disk.failure or f"no backend came within {_RECONNECT:g} s"
-                        return
-                    if not active:
-                        continue
-                    alone_since = time.monotonic()
-                    if most_bytes(self._disk.max_segments, 512) < self._plan.block_size:
-                        self.failure = f"a request of this backend does not carry {self._plan.block_size} bytes"
-                        return
-                    self.queue.feed()
-                    result = kernels.run(at, time.monotonic_ns() + int(_SLICE * 1e9))
-                    alone_since = time.monotonic()
-                if result == kernels.FINISHED:
-                    return
-                if result == kernels.VIOLATED:
-                    self._disk.violated(self.queue.violation())
-                    self.failure = self._disk.failure
-                    return
+            self._run()
+        except Exception as error:  # a thread has nobody to raise it to
+            self.failure = f"the load ended: {type(error).__name__}: {error}"
         finally:
             self.queue.give_back()
+
+    def _run(self) -> None:
+        at = int(self.record.ctypes.data)
+        alone_since = time.monotonic()
+        while True:
+            with self.queue.lock:
+                active = self.queue.wait_active(_SLICE)
+                if self._disk.failure or time.monotonic() - alone_since > _RECONNECT:
+                    self.failure = self._disk.failure or f"no backend came within {_RECONNECT:g} s"
+                    return
+                if not active:
+                    continue
+                if most_bytes(self._disk.max_segments, 512) < self._plan.block_size:
+                    self.failure = f"a request of this backend does not carry {self._plan.block_size} bytes"
+                    return
+                self.queue.feed()
+                result = kernels.run(at, time.monotonic_ns() + int(_SLICE * 1e9))
+                alone_since = time.monotonic()
+            if result == kernels.FINISHED:
+                return
+            if result == kernels.VIOLATED:
+                self._disk.violated(self.queue.violation())
+                self.failure = self._disk.failure
+                return
 
     def result(self, seconds: float) -> Result:
         load = self.record[0]

@@ -87,8 +87,9 @@ _TICK_MS = 100
 
 @inline
 def pattern(sector: int, generation: int, salt: int) -> int:
-    """31 bits of hash of what a sector has to hold. Only low bits are kept, so that int64 may wrap or not."""
-    h = (sector * 0x9E3779B1 + generation * 0x85EBCA77 + salt * 0xC2B2AE3D) & _LOW31
+    """31 bits of hash of what a sector has to hold. No product or sum leaves 63 bits, compiled or not."""
+    h = (sector & _LOW31) * 0x1E3779B1 + (generation & _LOW31) * 0x05EBCA77 + salt * 0x02B2AE3D
+    h &= _LOW31
     h ^= h >> 15
     h = (h * 0x2C1B3C6D) & _LOW31
     return h ^ (h >> 12)
@@ -148,10 +149,14 @@ def _bad_word(p: int, h: int, sector: int, generation: int, salt: int, whole: bo
 
 @inline
 def _draw(la: int) -> int:
-    """31 random bits."""
+    """31 random bits (xorshift32)."""
     load = records(la, 1, LOAD)[0]
-    load["random_state"] = (load["random_state"] * 25214903917 + 11) & 0xFFFFFFFFFFFF
-    return int(load["random_state"] >> 17)
+    x = load["random_state"]
+    x ^= (x << 13) & 0xFFFFFFFF
+    x ^= x >> 17
+    x ^= (x << 5) & 0xFFFFFFFF
+    load["random_state"] = x
+    return int(x >> 1)
 
 
 @inline

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import struct
+from typing import Any
 
 _LOW31 = 0x7FFFFFFF
 
 
 def _pattern(sector: int, generation: int, salt: int) -> int:
-    h = (sector * 0x9E3779B1 + generation * 0x85EBCA77 + salt * 0xC2B2AE3D) & _LOW31
+    h = (sector * 0x1E3779B1 + generation * 0x05EBCA77 + salt * 0x02B2AE3D) & _LOW31
     h ^= h >> 15
     h = h * 0x2C1B3C6D & _LOW31
     return h ^ h >> 12
@@ -34,3 +36,20 @@ def first_bad(data: bytes, sector: int, generation: int, salt: int, whole: bool)
             if found[j] != word and (whole or j < 3 or j == 63):
                 return i * 64 + j
     return -1
+
+
+def load(disk: Any, ledger: Any, requests: int, seed: int) -> int:
+    """What a compiled load does in verify mode, one request at a time through the public API; blocks that differed."""
+    chance = random.Random(seed)
+    sectors = ledger.block_size // 512
+    wrong = 0
+    for _ in range(requests):
+        block = chance.randrange(ledger.blocks)
+        at = ledger.offset + block * ledger.block_size
+        generation = int(ledger.generations[block])
+        if chance.random() < 0.5:
+            ledger.generations[block] = generation + 1
+            disk.write(at, stamp(sectors, at // 512, generation + 1, ledger.salt, True))
+        elif generation:
+            wrong += disk.read(at, ledger.block_size) != stamp(sectors, at // 512, generation, ledger.salt, True)
+    return wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,19 @@ def test_filled_and_checked(setup: Any) -> None:
     backend.data[5000] ^= 1
     assert not ledger.check(0, bytes(backend.data))
     assert ledger.check(2, bytes(backend.data[8192:]))
+
+
+def test_the_twin_and_the_kernel_agree(setup: Any) -> None:
+    """Each overwrites and checks what the other has written."""
+    setup.serve(1 << 20)
+    disk = setup.connect(queues=2)
+    ledger = Ledger(512 << 10, 4096, 64 << 10)
+    plan = Plan(offset=ledger.offset, length=512 << 10, write_percent=50, verify="all", depth=8, requests=500)
+    for seed in range(3):
+        assert naive.load(disk, ledger, 200, seed) == 0
+        result = Load(disk, replace(plan, seed=seed), ledger).run(30)
+        assert result.right
+        assert result.verified > 0
 
 
 def _lose_writes(backend: Any) -> None:
