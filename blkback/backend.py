@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,14 +252,16 @@ class BlkBackend(Device):
             self.counters = None
 
     def _release_queue(self, state: QueueState) -> None:
-        try:
-            drop_grants(state)
-            if state.port >= 0:
-                state.worker.events.unbind(state.port)
-            if state.mapping is not None:
-                state.mapping.unmap()
-        except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
-            log.warning("%s: while disconnecting: %s", self.ident, e)
+        undo: list[Callable[[], None]] = [lambda: drop_grants(state)]
+        if state.port >= 0:
+            undo.append(lambda: state.worker.events.unbind(state.port))
+        if state.mapping is not None:
+            undo.append(state.mapping.unmap)
+        for step in undo:
+            try:
+                step()
+            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
+                log.warning("%s: while disconnecting: %s", self.ident, e)
         state.keep = []
 
     def refresh(self) -> Publish | None:

@@ -7,13 +7,14 @@ by itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 from pathlib import Path
 
 from .device import DeviceId
-from .errors import DeviceBusyError
+from .errors import DeviceBusyError, PlatformError
 
 
 class Claims:
@@ -28,12 +29,20 @@ class Claims:
         return self.directory / f"{device.backend_domid}-{device}.lock"
 
     def take(self, device: DeviceId) -> None:
-        """Claim a device. Raises DeviceBusyError naming pid and file if another process (or we) has it."""
+        """Claim a device. Raises DeviceBusyError naming pid and file if another process (or we) has it.
+
+        PlatformError if the run directory has no place for the file.
+        """
         path = self.path(device)
         if str(path) in self._held:
             raise DeviceBusyError(f"{device} is served by this process already ({path})")
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as e:
+            raise PlatformError(
+                f"{device}: claim {path} cannot be made: {e.strerror}; the run directory has to be writable, with room"
+            ) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -45,8 +54,9 @@ class Claims:
                 f"{device} is served by another process, pid {holder or 'unknown'} ({path});"
                 " stop that one, or split the guests with --domain"
             ) from e
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        with contextlib.suppress(OSError):  # no room: the lock is what counts, the pid is for people
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         self._held[str(path)] = fd
 
     def drop(self, device: DeviceId) -> None:

@@ -307,7 +307,7 @@ class Host:
         self._refused.pop(key, None)
         try:
             self.claims.take(ident)
-        except DeviceBusyError as e:
+        except (DeviceBusyError, PlatformError) as e:
             self._wait(key, e)
             return
         waited = self._waiting.pop(key, None)
@@ -317,8 +317,8 @@ class Host:
         self._watch(ident.frontend_path + "/state", f"front {ident}")
         life.look()
 
-    def _wait(self, key: _Key, error: DeviceBusyError) -> None:
-        """Another process has the device: it may be about to end, and if not, that is an error to be seen."""
+    def _wait(self, key: _Key, error: PvError) -> None:
+        """Another process has the device (or the run directory is full): that may pass, or is an error to be seen."""
         waiting = self._waiting.get(key)
         if waiting is None:
             backoff = Backoff(self, lambda: self._find(*key), *_CLAIM_AGAIN)

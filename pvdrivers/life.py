@@ -15,7 +15,7 @@ from typing import Any
 
 from .control import Backoff, Control, TokenBucket
 from .device import BackKeys, Device, FrontKeys, NotRecoverable, Publish
-from .errors import ConfigError, DeviceBusyError, PlatformError, ProtocolViolation, StoreError
+from .errors import ConfigError, ProtocolViolation, PvError
 from .nodes import Nodes, connection_lost
 from .xenbus import Action, BadState, Role, Step, XenbusState, adopt, step
 
@@ -36,7 +36,7 @@ RETRY_SECONDS = (0.25, 30.0)
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
-_MAY_PASS = (StoreError, PlatformError, DeviceBusyError, OSError, MemoryError)
+_MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
 class Life:
@@ -312,7 +312,7 @@ class Life:
             return self.fault(error.violation)
         if isinstance(error, NotRecoverable):
             self._nodes.report(f"cannot be taken over, and reconnects: {error}")
-        elif isinstance(error, _MAY_PASS):
+        elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
             # Our state stays, so that the handshake goes on from here when the cause has passed.
             self._nodes.report(str(error) or repr(error), hotplug=advertising)
             self._held = (ours, theirs)

@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
     classes.warm(table)
     warm = time.monotonic() - began
 
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        text = f"run directory {run_dir}: cannot be made: {e.strerror}; name another with --run-dir"
+        raise PlatformError(text) from e
     if embedded:
         platform = open_platform("sim", run_dir=run_dir, strict=args.strict)
     else:
@@ -72,8 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _embedded(run_dir: Path) -> bool:
     """Whether the embedded Xen runs in this directory; if not, there has to be a real one."""
-    if (run_dir / "xenstored").exists():
-        return True
+    try:
+        if (run_dir / "xenstored").exists():
+            return True
+    except OSError as e:
+        raise PlatformError(f"run directory {run_dir}: {e.strerror} for user {os.geteuid()}") from e
     if os.path.exists("/dev/xen/gntdev"):
         return False
     raise PlatformError(

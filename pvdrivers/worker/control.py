@@ -102,6 +102,8 @@ class Worker:
         self._handles: dict[int, RingHandle] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._alert_fd = alert_fd
+        self._ended = ""
         self._fill(alert_fd, spin_us)
 
     def _fill(self, alert_fd: int, spin_us: int) -> None:
@@ -159,8 +161,17 @@ class Worker:
     def _main(self) -> None:
         # Signals are for the control thread; here they would only end a wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
-        enable(self.uring.address)
-        loop.run(self.address)
+        try:
+            enable(self.uring.address)
+            loop.run(self.address)
+            if not load_word(self.address) and not self.failed:
+                self._ended = "its loop has ended"
+        except BaseException as e:
+            self._ended = repr(e)
+            raise
+        finally:
+            if self.failed:
+                os.eventfd_write(self._alert_fd, 1)  # the control thread sleeps, and nobody else would tell it
 
     def stop(self) -> None:
         """Leave the loop and release everything. The rings have been detached before."""
@@ -177,7 +188,9 @@ class Worker:
     def failed(self) -> str:
         """Why the loop ended by itself, "" if it did not."""
         error = int(self._record[0]["error"])
-        return f"worker {self.index}: io_uring: {os.strerror(-error)}" if error else ""
+        if error:
+            return f"worker {self.index}: io_uring: {os.strerror(-error)}"
+        return f"worker {self.index}: {self._ended}" if self._ended else ""
 
     def ring_doorbell(self) -> None:
         """Have the worker look at the states of its rings."""
