@@ -187,7 +187,8 @@ class GrantsMachine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1))
     def die(self, who: int) -> None:
         """A mapper's process ends; another takes its place."""
-        self.mappers[who].hypercalls.close()
+        self.mappers[who].hypercalls.close()  # first, as death has it: its pins are still there
+        self.mappers[who].close()
         self.mappers[who] = sim.open(self.run_dir, strict=self.strict)
         self.mappers[who].prepare(self.guest.domid)
         self.handles = [h for h in self.handles if h[0] != who]
