@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from pvdrivers import sim
 from pvdrivers.errors import ConfigError, PlatformError, PvError
-from pvdrivers.frontends.blkfront import Blkfront, Io
+from pvdrivers.frontends.blkfront import Blkfront, Io, warm
 from pvdrivers.frontends.watches import Watches
 from pvdrivers.nbd.server import NbdServer
 from pvdrivers.platform import open_platform
@@ -31,6 +31,7 @@ _LOOK = 1.0  # seconds between looks at disks that may have failed
 def run(args: argparse.Namespace) -> int:
     """Until SIGINT or SIGTERM; then everything is taken down in order."""
     specs = [parse_disk(text) for text in args.disks]
+    warm(load=False)  # here, and not while somebody waits for a disk
     indirect: bool | int = True if args.indirect is None else args.indirect
     with Guest(args.run_dir, memory_mib=args.memory) as guest:
         for spec in specs:

@@ -1,10 +1,12 @@
 """The guest's side of the split drivers: honest peers with a public API, that any platform can carry.
 
-blkfront           Blkfront: a disk's life, from its directory in xenstore to an orderly close
-blkfront_keys      what both ends say to each other in xenstore, parsed and checked
-blkfront_queue     one ring with its event channel, its grants and the thread that waits for it
-blkfront_kernels   the compiled request and response path
-load               a load generator with no Python per request (load_kernels: its loop)
-memory             pages of the guest that a backend may be given
-watches            one thread that shares out a store connection's events
+    blkfront           Blkfront: a disk, its operations, and what came of them
+    blkfront_life      the handshake with the backend, from the directory in xenstore to an orderly close
+    blkfront_keys      what both ends say to each other in xenstore, parsed and checked
+    blkfront_io        operations, and their cutting into requests
+    blkfront_queue     one ring with its event channel, its grants and the thread that waits for it
+    blkfront_kernels   the compiled request and response path (blkfront_records: what it works on)
+    load               a load generator with no Python per request (load_kernels: its loop)
+    memory             pages of the guest that a backend may be given
+    watches            one thread that shares out a store connection's events
 """

@@ -282,15 +282,19 @@ def _settle(pending: Pending, what: str) -> None:
         pending.future.set_result(pending.io.length)
 
 
-def warm() -> None:
-    """Compile all that a disk and its load generator need, so that nothing is compiled later."""
-    from . import blkfront_kernels, load_kernels
+def warm(load: bool = True) -> None:
+    """Compile all that a disk needs, and its load generator, so that nothing is compiled later. Twice costs nothing."""
+    from . import blkfront_kernels
 
     if not JIT:
         return
-    for module, arguments in ((blkfront_kernels, blkfront_kernels.ARGUMENTS), (load_kernels, load_kernels.ARGUMENTS)):
-        for name, text in arguments.items():
-            getattr(module, name).compile(text)
+    for name, arguments in blkfront_kernels.ARGUMENTS.items():
+        getattr(blkfront_kernels, name).compile(arguments)
+    if load:
+        from . import load_kernels
+
+        for name, arguments in load_kernels.ARGUMENTS.items():
+            getattr(load_kernels, name).compile(arguments)
 
 
 assert set(CARRY_DATA) < set(OPERATIONS.values())

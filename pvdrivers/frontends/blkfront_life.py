@@ -108,7 +108,7 @@ class Life:
     # For everybody
 
     def start(self) -> None:
-        """Begin to follow the backend, without waiting. For who calls connect() later, or process_events()."""
+        """Begin to follow the backend, on a thread of the disk's own, without waiting for it; connect() does."""
         if self._thread is not None:
             return
         self._read_backend()

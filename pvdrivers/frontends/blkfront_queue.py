@@ -325,7 +325,7 @@ class Queue:
                 self._on_done(done)
             elif n == 0:
                 with self._sleeping:
-                    kernels.wait(self.at, 1000)
+                    kernels.wait(self.at, -1)
 
     def violation(self) -> str:
         """What the backend did, in words."""

@@ -20,7 +20,7 @@ from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.worker.histogram import percentile
 
 from . import load_kernels as kernels
-from .blkfront import Blkfront
+from .blkfront import Blkfront, warm
 from .blkfront_io import most_bytes
 from .blkfront_records import BATCH, COMPLETION, HIST_BUCKETS, IO
 from .memory import GuestBuffer
@@ -242,6 +242,7 @@ class Load:
 
     def __init__(self, disk: Blkfront, plan: Plan, ledger: Ledger | None = None) -> None:
         """`disk` is connected. Raises ConfigError for a plan that does not fit it."""
+        warm()  # or the first to start would measure the compiler
         info = disk.info
         length = info.size - plan.offset if plan.length is None else plan.length
         if plan.verify not in VERIFY:
