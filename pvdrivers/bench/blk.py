@@ -133,9 +133,10 @@ def _ours(work: Work, place: Place, files: Files) -> Iterator[Measure]:
         uri = f"null:{_NULL_SIZE}"
     else:
         uri = f"{files.path(work.store)},direct={'no' if work.store == 'tmpfs' else 'yes'}"
-    uri += "" if work.op == "write" else ",mode=r"
+    uri += f",policy={work.policy}" + ("" if work.op == "write" else ",mode=r")
     with Bed(cpus=back, spin_us=_SPIN_US if place.spin else 0) as bed:
-        guest = bed.guest(bed.disks([uri], ring_order=work.ring_order), front)
+        options = {"ring_order": work.ring_order, "persistent": work.policy == "persistent"}
+        guest = bed.guest(bed.disks([uri], **options), front)
         plan = {
             "block_size": work.block_size, "depth": work.depth, "random": work.random,
             "write_percent": 100.0 if work.op == "write" else 0.0, "spin": _SPIN_LOOKS if place.spin else 0,

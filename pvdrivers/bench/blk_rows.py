@@ -63,7 +63,10 @@ def _pinned(target: float | None) -> Peer:
 
 @dataclass(frozen=True)
 class Work:
-    """One load, on a disk made of `store`: disk (a file, O_DIRECT), tmpfs or null."""
+    """One load, on a disk made of `store`: disk (a file, O_DIRECT), tmpfs or null.
+
+    `policy` map: a grant a request and no copy, which is what fio does. Persistent grants have the guest copy all data.
+    """
 
     key: str
     name: str
@@ -75,6 +78,7 @@ class Work:
     block_size: int = 4096
     depth: int = 32
     ring_order: int = 0
+    policy: str = "map"
     figure: str = "rate"
 
     @property
@@ -85,6 +89,10 @@ class Work:
 
 ROWS = (
     Work("rand32", "4 KiB random read, depth 32", (ONE_CORE,), (_fio(0.97), _pinned(None))),
+    Work(
+        "persistent", "4 KiB random read, depth 32, persistent grants", (ONE_CORE,), (_fio(None),),
+        policy="persistent",
+    ),
     Work(
         "rand128", "4 KiB random read, depth 128, four-page ring", (ONE_CORE,), (_fio(1.0), _pinned(None)),
         depth=128, ring_order=2,
