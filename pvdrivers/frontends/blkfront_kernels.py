@@ -78,6 +78,7 @@ _COMPLETION_SIZE, _IO_SIZE, _EPOLL_EVENT_SIZE = COMPLETION.itemsize, IO.itemsize
 _MESSAGE_32 = REQUEST_64.itemsize  # where the packed copy stands, behind the native one
 _INDIRECT_GREFS = 28  # offset of indirect_grefs
 _SEGMENTS = 24  # offset of seg
+_OWN_PAGE, _REGISTERED = -1, -2  # SHADOW_PAGE.page of what is not of the pool
 
 
 @inline
@@ -175,8 +176,9 @@ def _segments(qa: int, ioa: int, notes: int, direct: int, bounce: bool) -> int:
             _fill(qa, page, address, nbytes, writing)
             gref = _grant_pool_page(qa, page, mode)
         else:
-            page = -1
-            gref = _grant(qa, load64(frames + i * 8), mode)
+            frame = load64(frames + i * 8)
+            page = _OWN_PAGE if frame >= 0 else _REGISTERED
+            gref = _grant(qa, frame, mode) if frame >= 0 else -frame
         _note_page(notes + taken * _SHADOW_PAGE_SIZE, gref, page)
         taken += 1
         # The pad bytes of a segment are zero: in the request they were cleared, in an indirect page they are here.
@@ -206,7 +208,6 @@ def start(qa: int, ioa: int, now: int) -> int:
         return NO_ROOM
     if q["grefs_n"] < (0 if q["granted"] else lists) + (0 if q["granted"] and bounce else count):
         return NO_ROOM
-
     q["free_n"] -= 1
     slot = int(load32(q["free"] + q["free_n"] * 4))
     shadow_at = q["shadow"] + slot * _SHADOW_SIZE
@@ -301,7 +302,7 @@ def _release(qa: int, slot: int, okay: bool) -> int:
         note = records(notes + i * _SHADOW_PAGE_SIZE, 1, SHADOW_PAGE)[0]
         page = int(note["page"])
         gref = int(note["gref"])
-        if not (q["granted"] and page >= 0):
+        if not (q["granted"] and page >= 0) and page != _REGISTERED:
             if call(q["offer_end"], q["offer_ctx"], gref, 0, 0) != 0:
                 return _violated(qa, V_STILL_MAPPED, gref)
             store32(q["grefs"] + q["grefs_n"] * 4, np.uint32(gref))

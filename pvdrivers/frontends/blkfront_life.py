@@ -90,6 +90,11 @@ class Life:
 
     # What the disk itself does
 
+    @property
+    def backend_domid(self) -> int:
+        """The domain that serves this disk."""
+        return self._backend_id
+
     def _completed(self, done: Done) -> None:
         raise NotImplementedError
 

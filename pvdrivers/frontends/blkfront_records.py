@@ -11,7 +11,7 @@ IO = np.dtype(
         ("sector", "i8"),  # of 512 bytes, as everywhere in the protocol
         ("sectors", "i8"),
         ("address", "i8"),  # of the data
-        ("frames", "i8"),  # address of i8[]: the frame of each page of the data; 0: not memory that can be granted
+        ("frames", "i8"),  # address of i8[]: each page's frame, or -gref if it is registered; 0: cannot be granted
         ("tag", "i8"),  # the caller's own, handed back with the completion
         ("sequence", "i8"),  # set by start(): the order in which requests are queued again
     ],
@@ -44,7 +44,7 @@ SHADOW = np.dtype(
 """What we know of a request in flight. The shared ring is never asked."""
 
 SHADOW_PAGE = np.dtype([("gref", "u4"), ("page", "i4")], align=True)
-"""One grant of a request, and the page of the pool behind it (-1: the caller's own page)."""
+"""One grant of a request, and the page of the pool behind it (-1: the caller's own page; -2: a registered one)."""
 
 HIST_BUCKETS = 256
 KIND_READ, KIND_WRITE, KIND_OTHER = 0, 1, 2

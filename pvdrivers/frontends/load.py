@@ -48,6 +48,7 @@ class Plan:
     requests: int | None = None  # of all queues together; None: until `seconds` are over, or stop()
     spin: int = 0  # looks at the ring before sleeping
     zero_copy: bool = True  # buffers are guest memory, given to the backend where it is trusted
+    registered: bool = False  # ... granted once and for all, not for each request
     seed: int = 1
 
 
@@ -145,6 +146,8 @@ class _Worker:
         slot_bytes = -(-plan.block_size // 4096) * 4096
         depth = min(plan.depth, blocks)
         self.buffer = GuestBuffer(disk.platform.pages, depth * slot_bytes)
+        if plan.registered and plan.zero_copy:
+            self.buffer.register(disk.backend_domid)
         load["queue"] = self.queue.at
         load["depth"], load["free_n"] = depth, depth
         load["block_sectors"] = plan.block_size // 512
