@@ -55,6 +55,25 @@ def test_a_mixed_load_is_right(setup: Any, verify: str, block_size: int) -> None
     assert result.notify_sent > 0
 
 
+def test_registered_buffers_are_granted_once(setup: Any) -> None:
+    """Right all the same, no grant for any request; and the grants end with the buffers."""
+    setup.serve(1 << 20)
+    disk = setup.connect(persistent=False)
+    before = disk.stats()["granted_pages"]
+    plan = Plan(depth=8, write_percent=50, verify="all", requests=600, registered=True)
+    assert Load(disk, plan).run(30).right
+    assert disk.stats()["granted_pages"] == before
+    buffer = disk.buffer(8192)
+    buffer.register(disk.backend_domid)
+    grefs = [-int(frame) for frame in buffer.frames]
+    assert all(gref > 0 for gref in grefs)
+    buffer.free()
+    again = disk.buffer(8192)
+    again.register(disk.backend_domid)  # the grefs were given back
+    assert sorted(-int(frame) for frame in again.frames) == sorted(grefs)
+    again.free()
+
+
 def test_filled_and_checked(setup: Any) -> None:
     """Every block once in order, then every block read; the backend's bytes are what the twin says."""
     backend = setup.serve(1 << 20)
