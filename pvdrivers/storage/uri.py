@@ -293,6 +293,9 @@ def parse_xl(params: str, mode: str = "w", device_type: str = "disk", *, options
         raise ConfigError(f"disk {params!r}: device-type {device_type!r}: must be disk or cdrom")
     # The toolstack's mode holds, whatever else is in the text; a CD-ROM is read only even if xl says w.
     uri, *words = params.split(",")
+    for word in words:
+        if word.startswith("mode=") and word[5:] not in _XL_MODES:
+            raise ConfigError(f"disk {params!r}: option {word!r}: must be one of {', '.join(_XL_MODES)}")
     words = [w for w in [*words, *options.split(",")] if w and not w.startswith("mode=")]
     cdrom = device_type == "cdrom"
     words.append("mode=" + ("r" if cdrom else _XL_MODES[mode]))

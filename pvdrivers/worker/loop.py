@@ -13,6 +13,7 @@ It leaves only when told to stop, or when io_uring itself fails.
 
 from __future__ import annotations
 
+from errno import ENOENT
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ from .records import (
     RING_FREE,
     TAG_DOORBELL,
     TAG_EVENT,
-    TAG_IGNORE,
     TAG_MASK,
+    TAG_REMOVED,
     TOP_RING_AT,
 )
 
@@ -87,13 +88,13 @@ def _try_detach(wa: int, ra: int) -> None:
     if ring["state"] != RING_DETACHING or ring["inflight"] != 0:
         return
     if ring["ready"] != 0 or ring["active"] != 0:
-        worker_at(wa)["leaving"] = 1  # it is on a list: again before the next sleep, when the lists are empty
+        worker_at(wa)["leaving"] = 1  # it is on a list: again when it has been taken off
         return
     if ring["event_fd"] >= 0 and ring["polled"] != 0:
         if ring["polled"] == 1:
             ring["polled"] = 2
             tag = TAG_EVENT | ring["index"]
-            queue_poll_remove(worker_at(wa)["uring"], ring["event_fd"], tag, TAG_IGNORE)
+            queue_poll_remove(worker_at(wa)["uring"], ring["event_fd"], tag, TAG_REMOVED | ring["index"])
         return
     _store_state(ra, RING_DETACHED)
 
@@ -144,6 +145,17 @@ def _event_completion(wa: int, index: int, flags: int) -> None:
         _collect_events(wa, ring["event_token"])
 
 
+@inline
+def _poll_removed(wa: int, index: int, res: int) -> None:
+    """What came of taking a poll away. It may refuse: a guest that storms can keep it firing (-EALREADY)."""
+    ra = ring_address(worker_at(wa), index)
+    ring = ring_at(ra)
+    if ring["state"] != RING_DETACHING or ring["polled"] != 2 or res == 0:
+        return  # its last completion has come, or will
+    ring["polled"] = 0 if res == -ENOENT else 1
+    _try_detach(wa, ra)
+
+
 @kernel
 def _handle_completions(wa: int, n: int) -> None:
     """Hand `n` completions to whom they belong."""
@@ -159,6 +171,8 @@ def _handle_completions(wa: int, n: int) -> None:
             complete(user_data, res)
         elif tag == TAG_EVENT:
             _event_completion(wa, user_data & INDEX_MASK, flags)
+        elif tag == TAG_REMOVED:
+            _poll_removed(wa, user_data & INDEX_MASK, res)
         elif tag == TAG_DOORBELL:
             if flags & IORING_CQE_F_MORE == 0:
                 queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
@@ -260,6 +274,11 @@ def run(wa: int) -> int:
         _poll_active(wa)
         served = _serve(wa)
         _finish(wa)
+        if w["leaving"] != 0:
+            # Not only before a sleep: a busy worker may never come to one, and its lists never be empty.
+            w["leaving"] = 0
+            _arm(wa)
+            _look_at_rings(wa)
         if w["ready_head"] != 0 or w["done_head"] != 0:
             continue
         if w["spin_ns"] > 0:
@@ -271,10 +290,7 @@ def run(wa: int) -> int:
         if _arm(wa) > 0:
             continue
         if w["leaving"] != 0:
-            w["leaving"] = 0
-            _look_at_rings(wa)
-            if w["ready_head"] != 0:
-                continue
+            continue
         w["sleeps"] += 1
         n = wait(u, HOUSEKEEPING_NS)
         if n == 0:

@@ -179,7 +179,7 @@ Its address is the I/O's user_data.
 # user_data of completions: a REQ address, or one of these in the top bits (addresses are below 2**47).
 TAG_EVENT = 1 << 60
 TAG_DOORBELL = 2 << 60
-TAG_IGNORE = 3 << 60
+TAG_REMOVED = 3 << 60
 TAG_MASK = 7 << 60
 
 HIST_BUCKETS = 256
