@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_reconnect_storm(quiet: Arena) -> None:
     with quiet.liar() as front:
         _, (gref,) = front.page()
         ring = front.connect()
-        for i in range(12):
+        for i in range(7):
             front.put(ring, *[request(READ, [(gref, 0, 7)], id=k, sector=8 * k) for k in range(16)])
             ring = front.reconnect(abi=(64, 32)[i % 2], order=i % 3, queues=1 + i % 3)
         assert front.ask(ring, request(FLUSH, abi=ring.abi)) == [0]
@@ -182,3 +183,30 @@ def test_the_guest_is_killed(quiet: Arena, step: str) -> None:
     until(gone, what="for the last page of the domain")
     assert dom0.store.read(f"{back}/state") is None
     quiet.check()
+
+
+def test_closed_under_a_storm_of_events(quiet: Arena) -> None:
+    """The poll of an event fd that fires without end is not easy to take away; the ring has to go all the same."""
+    with quiet.liar() as front:
+        for turn in range(6):
+            ring = front.connect() if turn == 0 else front.connect(queues=2)
+            ports = [ring.port for ring in front.rings]
+            stop = threading.Event()
+
+            def storm(ports: list[int] = ports, stop: threading.Event = stop) -> None:
+                while not stop.is_set():
+                    for port in ports:
+                        front.events.notify(port)
+
+            thread = threading.Thread(target=storm)
+            thread.start()
+            try:
+                assert front.ask(ring, request(FLUSH)) == [0]
+                front.close()
+            finally:
+                stop.set()
+                thread.join()
+            front.all_released()
+            front.rings.clear()
+            front.forget_keys()
+            front.say(INITIALISING)
