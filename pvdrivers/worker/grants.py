@@ -83,14 +83,23 @@ def _push_bounce(wa: int, address: int) -> None:
 
 @kernel
 def wake_starved(wa: int) -> None:
-    """Blocks or bounce pages came back: rings that waited for them are served again."""
+    """Blocks or bounce pages came back: rings that waited for them are served again.
+
+    Not always the same one first, for that one may take all there is.
+    """
     w = worker_at(wa)
     w["starved"] = 0
-    for i in range(w["top_ring"]):
+    first = w["starved_first"]
+    found = False
+    for k in range(w["top_ring"]):
+        i = (first + k) % w["top_ring"]
         ra = ring_address(w, i)
         ring = ring_at(ra)
         if ring["state"] == RING_ACTIVE and ring["blocked"] != 0:
             mark_ready(wa, ra)
+            if not found:
+                found = True
+                w["starved_first"] = i + 1
 
 
 @inline
@@ -146,16 +155,16 @@ def _keep(wa: int, ra: int, op: Any) -> None:
     w = worker_at(wa)
     ring = ring_at(ra)
     ca = ring["cache"]
-    if cache_at(ca)["free"] < 0:
-        old = evict(ca, i64(0x7FFFFFFFFFFFFFFF))
-        if old < 0:
-            return
-        _unmap_handle(wa, old, _spare_op(wa))
     # The same gref twice in one pass was missed twice: the second stays the request's own.
     entry = lookup(ca, i64(op["gref"]), w["now"])
     if entry >= 0:
         put_back(ca, entry)
         return
+    if cache_at(ca)["free"] < 0:
+        old = evict(ca, i64(0x7FFFFFFFFFFFFFFF))
+        if old < 0:
+            return
+        _unmap_handle(wa, old, _spare_op(wa))
     entry = insert(ca, i64(op["gref"]), op["address"], op["handle"], w["now"])
     if entry >= 0:
         op["handle"] = entry

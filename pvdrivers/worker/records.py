@@ -65,6 +65,7 @@ WORKER = np.dtype(
         ("blocks_n", "i8"),
         ("leaving", "i8"),  # rings that are to be detached are still on a list
         ("starved", "i8"),  # rings that wait for a block or for bounce pages
+        ("starved_first", "i8"),  # index of the one that is woken first when there are some again
         ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
         ("passes", "i8"),
         ("sleeps", "i8"),

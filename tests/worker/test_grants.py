@@ -327,3 +327,14 @@ def test_who_waits_for_bounce_pages_is_woken_by_a_release() -> None:
     bed.release(0)
     assert (int(bed.worker[0]["ready_head"]), int(bed.worker[0]["starved"])) == (bed.ra, 0)
     assert bed.prepare(1, whole(0), to_guest=True)
+
+
+def test_a_page_named_twice_makes_no_other_go() -> None:
+    """Room for two, one is kept, and the next request names one more, twice."""
+    bed = Bed(POLICY_PERSISTENT, bound=2)
+    for segments in ([(0, 0, PAGE)], [(1, 0, PAGE), (1, 0, PAGE)]):
+        bed.prepare(0, segments, True)
+        bed.acquire([0])
+        bed.release(0)
+    assert set(bed.cached()) == {0, 1} and bed.stats[0]["persistent_held"] == 2
+    bed.check()
