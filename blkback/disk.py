@@ -72,6 +72,14 @@ def _copy_memory(qa: int, at: int, reading: bool) -> None:
 
 
 @inline
+def _zero_memory(qa: int) -> None:
+    req = req_at(qa)
+    for k in range(req["n_iov"]):
+        v = _iovec(req, k)
+        zero_bytes(v["base"], v["length"])
+
+
+@inline
 def _queue(wa: int, qa: int, rc: int) -> None:
     """It is the ring's now, or was refused for want of memory: then it failed."""
     if rc == 0:
@@ -102,6 +110,8 @@ def _start_data(wa: int, qa: int, da: int) -> None:
         return
     if disk["store"] == STORE_MEMORY:
         _copy_memory(qa, disk["memory"] + offset, reading)
+    elif reading and req["bounced"] > 0:
+        _zero_memory(qa)  # or the guest would get what the bounce pages have of another
     complete(qa, req["nbytes"] - blk["moved"])
 
 

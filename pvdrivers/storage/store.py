@@ -109,7 +109,7 @@ class Store:
 
 
 class NullStore(Store):
-    """Nothing: writes vanish, reads leave the guest's page as it is. For measuring everything else."""
+    """Nothing: writes vanish; reads leave the guest's page as it is, or copy zeros. For measuring everything else."""
 
     def __init__(self, spec: DiskSpec) -> None:
         super().__init__(spec, spec.size)
