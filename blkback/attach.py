@@ -16,7 +16,6 @@ from pvdrivers.worker.control import Memory
 from pvdrivers.worker.journal import FREE, JOURNAL_RECORD
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache
 from pvdrivers.worker.records import POLICY_PERSISTENT, REQ
-from pvdrivers.worker.words import load_index
 from rings import blkif
 from rings import ring as ringlib
 from rings.jit import JIT, address_of
@@ -111,8 +110,9 @@ def _recover(device: BlkBackend, state: QueueState, q: int) -> list[int]:
     assert device.journal is not None and state.handle is not None
     row = state.handle.record
     end = state.keep[0]
-    # rsp_prod as the guest's page has it: ours, if the guest is honest. If not, the sums below do not fit.
-    plan = device.journal.recover(q, load_index(int(end[0]["prod"])))
+    # rsp_prod as it was found in the guest's page: ours, if the guest is honest. If not, the sums do not fit. It was
+    # read once, by back_end: the guest may have changed it since.
+    plan = device.journal.recover(q, int(end[0]["prod_pvt"]))
     if plan is None:
         raise NotRecoverable(f"{device.ident}: queue {q}: the ring's indices do not fit its journal")
     end[0]["cons"] = plan.req_cons

@@ -229,7 +229,8 @@ class BlkBackend(Device):
         self._release(keep=False)
 
     def hand_over(self) -> None:
-        """Drain, but leave the journal: a successor finds nothing in flight and goes on."""
+        """Drain, but leave the journal: a successor finds at most what had not begun, and goes on."""
+        self.disk[0]["handed_over"] = 1
         self._release(keep=True)
         if self.store is not None:
             self.store.close()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from errno import EIO
 
 from pvdrivers.syscalls import eventfd_add
-from pvdrivers.worker.marks import complete, mark_ready, ring_at, worker_at
+from pvdrivers.worker.grants import release
+from pvdrivers.worker.marks import complete, mark_ready, req_at, ring_at, worker_at
 from pvdrivers.worker.records import HOLD_ACK_AT, RING_ACTIVE
 from rings.atomics import compare_exchange64, i64, load_acquire64, store_release64
 from rings.jit import inline, kernel
@@ -111,11 +112,23 @@ def release_hold(ra: int, da: int) -> None:
 
 
 @kernel
-def abandon(ra: int, da: int) -> None:
-    """The ring goes while its barrier waits: the barrier fails, and the hold is given up."""
+def abandon(wa: int, ra: int, da: int) -> None:
+    """The ring goes. What it has not begun is given up: what a dead predecessor had taken, a barrier that waits.
+
+    At the end of the process both stay in the journal, and the next one does them; until then the hold keeps other
+    queues from overtaking. At the end of the connection the barrier fails.
+    """
     ring = ring_at(ra)
+    while ring["replay_head"] != 0:
+        ring["replay_head"] = req_at(ring["replay_head"])["next"]
+        ring["inflight"] -= 1
     qa = ring["waiting"]
     if qa != 0:
         ring["waiting"] = 0
-        ring["barrier"] = qa
-        complete(qa, -EIO)
+        if disk_at(da)["handed_over"] != 0:
+            release(wa, qa)
+            ring["inflight"] -= 1
+        else:
+            ring["barrier"] = qa
+            complete(qa, -EIO)
+    tell_holder(ra, da)

@@ -63,14 +63,15 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     ring = ring_at(ra)
     da = ring["device"]
     if abandoned != 0:
-        abandon(ra, da)
+        abandon(wa, ra, da)
         return 0
     purge_cache(wa, ra)
     if ring["waiting"] != 0:
         drive(wa, ra, da)
         return 0
     holder = held_by(da)
-    if holder != 0 and holder != ra:
+    # What a dead predecessor had taken counts as in flight: the holder waits for it, as it did then.
+    if holder != 0 and holder != ra and ring["replay_head"] == 0:
         ring["blocked"] = 1
         tell_holder(ra, da)
         return 0

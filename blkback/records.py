@@ -38,6 +38,7 @@ DISK = np.dtype(
         # What spans the queues: a hold. Its owner alone may take requests.
         ("hold_by", "i8"),  # address of the RING that holds, or 0
         ("hold_epoch", "i8"),
+        ("handed_over", "i8"),  # the process ends, and leaves the guest to the next one
         ("n_rings", "i8"),
         ("rings", "i8", (MAX_QUEUES,)),  # addresses of RINGs
     ],

@@ -38,7 +38,7 @@ from .records import (
     WORKER,
     ZERO_BYTES,
 )
-from .words import load_index, load_word, store_word
+from .words import load_word, store_word
 
 MAX_RINGS = 1024
 MAX_PORTS = 131072
@@ -310,5 +310,4 @@ def warm() -> None:
     loop.run.compile("int64(int64)")
     enable.compile("int64(int64)")
     load_word.compile("int64(int64)")
-    load_index.compile("uint32(int64)")
     store_word.compile("void(int64, int64)")

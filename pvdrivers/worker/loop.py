@@ -119,8 +119,8 @@ def _look_at_rings(wa: int) -> None:
         elif state == RING_ACTIVE:
             mark_ready(wa, ra)
         elif state == RING_DETACHING:
-            if ring["waiting"] != 0:
-                call(ring["step"], wa, ra, 0, 1)  # what waits for other rings is given up
+            if ring["waiting"] != 0 or ring["replay_head"] != 0:
+                call(ring["step"], wa, ra, 0, 1)  # what waits for other rings, or has not begun, is given up
             _try_detach(wa, ra)
 
 

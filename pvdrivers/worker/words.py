@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rings.atomics import load_acquire32, load_acquire64, store_release64
+from rings.atomics import load_acquire64, store_release64
 from rings.jit import kernel
 
 
@@ -18,9 +18,3 @@ def load_word(address: int) -> int:
 def store_word(address: int, value: int) -> None:
     """A release store of 64 bits."""
     store_release64(address, np.int64(value))
-
-
-@kernel
-def load_index(address: int) -> int:
-    """An acquire load of a ring's 32-bit index."""
-    return load_acquire32(address)
