@@ -21,10 +21,12 @@ READY_IN = 120.0  # seconds: a cold cache has everything to compile
 class Process:
     """A verb of the command line, ready when it has printed a line that starts with "ready"."""
 
-    def __init__(self, *words: str, log: Path, **extra: str) -> None:
+    def __init__(self, *words: str, log: Path, group: Path | None = None, **extra: str) -> None:
+        """`group`: the cgroup.procs to run in."""
         self._log = log.open("a")
+        enter = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(group)] if group else []
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "pvdrivers", *words],
+            [*enter, sys.executable, "-m", "pvdrivers", *words],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
@@ -60,9 +62,10 @@ class Bed:
         self.disks: list[Blkfront] = []
         self._guests: list[Any] = []
 
-    def serve(self, **extra: str) -> Process:
-        """Start a backend; `extra` is its environment."""
-        self.backend = Process("serve", "--run-dir", str(self.run_dir), *self.words, log=self.log, **extra)
+    def serve(self, group: Path | None = None, **extra: str) -> Process:
+        """Start a backend, in a cgroup if one is given; `extra` is its environment."""
+        words = ("serve", "--run-dir", str(self.run_dir), *self.words)
+        self.backend = Process(*words, log=self.log, group=group, **extra)
         return self.backend
 
     def kill(self) -> None:

@@ -1,0 +1,59 @@
+"""A store made slow, so that the dead process's writes are still on their way when the next one starts.
+
+Without the fence they would land after newer ones: the load writes each block again as soon as it is answered.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pvdrivers.frontends.load import Load, Plan
+from tests.storage.host import loop_device, throttle
+
+from .bed import Bed, until
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+A_SECOND = 8
+DEPTH = 12
+RANGE = 128 << 10
+
+
+@pytest.mark.parametrize("io", ["auto", "threads"])
+def test_writes_of_the_dead_do_not_land_on_newer_ones(bed: Callable[..., Bed], tmp_path: Path, io: str) -> None:
+    image = tmp_path / "slow.img"
+    image.write_bytes(bytes(8 << 20))
+    with loop_device(image) as device, throttle(device, 10_000, A_SECOND) as group:
+        b = bed("--io", io)
+        b.serve(group)
+        disk = b.disk(device, queues=1, ring_order=0)
+        before = b.frontend()
+        load = Load(disk, Plan(depth=DEPTH, write_percent=90, verify="all", length=RANGE, again_percent=90))
+        load.start()
+        until(lambda: load.snapshot().requests > 8)
+        assert b.backend is not None
+        killed = time.monotonic()
+        # Not waited for: it ends when its writes have landed, and the next one is not to depend on that.
+        b.backend.popen.send_signal(signal.SIGKILL)
+        first = b.backend
+        b.serve()
+        seen = load.snapshot().requests
+        until(lambda: load.snapshot().requests > seen + 500, timeout=60)
+        if io == "auto":
+            assert time.monotonic() - killed > 0.5, "nothing was under way: this shows nothing"
+        load.stop()
+        result = load.wait(60)
+        assert result.right and result.requeues == 0, result
+        time.sleep(2 * DEPTH / A_SECOND)  # whatever was to land late has landed
+        check = Plan(requests=RANGE // 4096, verify="all", length=RANGE, random=False)
+        assert Load(disk, check, load.ledger).run(60).right
+        assert b.frontend() == before
+        first.end()
+        disk.close()
+        b.disks.remove(disk)
+        b.backend.end()  # before its device goes
