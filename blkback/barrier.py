@@ -115,8 +115,8 @@ def release_hold(ra: int, da: int) -> None:
 def abandon(wa: int, ra: int, da: int) -> None:
     """The ring goes. What it has not begun is given up: what a dead predecessor had taken, a barrier that waits.
 
-    At the end of the process both stay in the journal, and the next one does them; until then the hold keeps other
-    queues from overtaking. At the end of the connection the barrier fails.
+    At the end of the process both stay in the journal, and the next one does them; no queue takes anything until then,
+    so nothing overtakes. At the end of the connection the barrier fails.
     """
     ring = ring_at(ra)
     while ring["replay_head"] != 0:
@@ -128,6 +128,7 @@ def abandon(wa: int, ra: int, da: int) -> None:
         if disk_at(da)["handed_over"] != 0:
             release(wa, qa)
             ring["inflight"] -= 1
+            release_hold(ra, da)
         else:
             ring["barrier"] = qa
             complete(qa, -EIO)

@@ -69,6 +69,9 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if ring["waiting"] != 0:
         drive(wa, ra, da)
         return 0
+    if disk_at(da)["handed_over"] != 0:
+        ring["blocked"] = 1  # what is on the ring is for the next process
+        return 0
     holder = held_by(da)
     # What a dead predecessor had taken counts as in flight: the holder waits for it, as it did then.
     if holder != 0 and holder != ra and ring["replay_head"] == 0:
