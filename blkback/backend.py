@@ -184,7 +184,9 @@ class BlkBackend(Device):
             "journal": str(self.journal_path) if use_file else "",
             "recovered": recover,
         }
+        violations = 0 if self.counters is None else int(self.counters.queues["violations"].sum())
         self.counters = StatsFile(self.context.run_dir / "stats" / str(self.ident), about, len(said.queues))
+        self.counters.queues[0]["violations"] = violations
         for q, (keys, worker) in enumerate(zip(said.queues, pool.choose(len(said.queues)))):
             state = QueueState(worker)
             self.queues.append(state)
@@ -248,8 +250,8 @@ class BlkBackend(Device):
                 self.journal.erase()
             self.journal.close()
             self.journal = None
-        if self.counters is not None:
-            self.counters.remove()
+        if self.counters is not None and keep:
+            self.counters.remove()  # or it stays until the next connection: what broke this one is in it
             self.counters = None
 
     def _release_queue(self, state: QueueState) -> None:
@@ -277,6 +279,9 @@ class BlkBackend(Device):
         if self.store is not None:
             self.store.close(final=True)
             self.store = None
+        if self.counters is not None:
+            self.counters.remove()
+            self.counters = None
         self.journal_path.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from pvdrivers.cli.stats import snapshot
 from tests.hostile.conftest import Arena
 from tests.hostile_frontend import CLOSING, CONNECTED, FLUSH, READ, WRITE, Frontend, request, until
 
@@ -39,6 +40,22 @@ def test_a_producer_that_goes_back(quiet: Arena) -> None:
         assert front.ask(ring, *[request(FLUSH, id=i) for i in range(9)]) == [0] * 9
         front.push(ring, ring.prod - 3)
         closed_with(quiet, front, "producer index beyond what the ring can hold")
+
+
+def test_violations_are_counted_where_the_operator_looks(quiet: Arena) -> None:
+    """`pvdrivers stats` tells of them when the ring is gone, and when there is another one."""
+
+    def counted(front: Frontend) -> int:
+        device = next(d for d in snapshot(quiet.bed.run_dir) if d["domid"] == front.domid)
+        return sum(queue["violations"] for queue in device["queues"])
+
+    with quiet.liar() as front:
+        for turn in range(1, 3):
+            ring = front.connect() if turn == 1 else front.reconnect()
+            assert counted(front) == turn - 1
+            front.push(ring, ring.prod + 9999)
+            front.wait(CLOSING)
+            assert counted(front) == turn
 
 
 def test_a_full_ring_is_no_violation(quiet: Arena) -> None:
