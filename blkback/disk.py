@@ -43,6 +43,7 @@ S_FLUSH_AFTER = 2
 S_ZERO = 3
 S_DISCARD = 4
 
+DEEP_CHUNK = 32  # DISK.chunk of stores that are not a device
 DONE = 1
 UNDER_WAY = 0
 

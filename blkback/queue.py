@@ -10,7 +10,8 @@ from errno import EOPNOTSUPP
 
 import numpy as np
 
-from pvdrivers.platform import SEAM
+from pvdrivers.storage.uring import submit
+from pvdrivers.worker.events import notify as notify_guest
 from pvdrivers.worker.grants import acquire, copy_segments, purge_cache, release
 from pvdrivers.worker.histogram import bucket_of
 from pvdrivers.worker.journal import (
@@ -29,13 +30,13 @@ from pvdrivers.worker.journal import (
 )
 from pvdrivers.worker.marks import complete, mark_ready, req_at, ring_at, stats_at, take_done, worker_at
 from pvdrivers.worker.records import RING_DEAD
-from rings.atomics import call, i64, records
+from rings.atomics import i64, records
 from rings.blkif import RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, put_response
 from rings.jit import inline, kernel, seam_function
 from rings.ring import RING_END, advance_prod, push, slot
 
 from .barrier import abandon, drive, held_by, release_hold, tell_holder
-from .disk import DONE, advance, set_chunk, start
+from .disk import DEEP_CHUNK, DONE, advance, set_chunk, start
 from .records import K_BARRIER, K_READ, K_REJECT, blk_at, disk_at
 from .take import fetch_indirect, take
 
@@ -98,6 +99,9 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     acquire(wa, ra, n)
     for i in range(n):
         _start_one(wa, ra, reqs[i])
+        # A disk that does nothing starts now, not when the chunk is full. A single I/O goes in with the wait.
+        if i == 0 and n > 1 and w["inflight"] == 1 and disk_at(da)["chunk"] < DEEP_CHUNK:
+            submit(w["uring"])
     checkpoint(w, STEP_SUBMITTED)
     return 1 if n == budget or ring["replay_head"] != 0 else 0
 
@@ -216,8 +220,7 @@ def finish(wa: int, ra: int, _b: int, _c: int) -> int:
         checkpoint(w, STEP_PUSHED)
         stats = stats_at(ring["stats"])
         if notify:
-            seam = records(w["seam"], 1, SEAM)[0]
-            call(seam["event_notify"], seam["event_ctx"], ring["port"], 0, 0)
+            notify_guest(wa, ra)
             stats["notify_sent"] += 1
         else:
             stats["notify_saved"] += 1

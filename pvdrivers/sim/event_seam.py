@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvdrivers.syscalls import EAGAIN, EINVAL, eventfd_add
+from pvdrivers.syscalls import EAGAIN, EINTR, EINVAL, eventfd_add
 from rings.atomics import load_acquire32, records
 from rings.jit import seam_function
 
@@ -68,7 +68,8 @@ def event_unmask(ctx_at: int, port: int, b: int, c: int) -> int:
     if again != 0:
         fd = np.int64(load_acquire32(ctx["sources"] + port * 4)) - 1
         if fd >= 0:
-            eventfd_add(fd, 1)
+            result = eventfd_add(fd, 1)
+            return result if result == -EINTR else 0  # our peer holds this descriptor too, and may make it block
     return 0
 
 

@@ -27,6 +27,7 @@ from . import loop
 from .fair import NO_LIMIT
 from .records import (
     BLOCK_SIZE,
+    CALLING_AT,
     RING,
     RING_ACTIVE,
     RING_ATTACHING,
@@ -48,6 +49,9 @@ FAIR_DEPTH = 8
 BLOCKS = 64
 BOUNCE_PAGES = 8192
 CQ_ENTRIES = 8192
+INTERRUPT = signal.SIGUSR2
+"""Ends a system call of a worker that a guest holds up; see `events`."""
+HELD_UP_S = 0.1
 
 
 class Memory:
@@ -160,7 +164,7 @@ class Worker:
 
     def _main(self) -> None:
         # Signals are for the control thread; here they would only end a wait.
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {INTERRUPT})
         try:
             enable(self.uring.address)
             loop.run(self.address)
@@ -183,6 +187,14 @@ class Worker:
         self.uring.close()
         self.events.close()
         os.close(self.doorbell)
+
+    def interrupt_if_held_up(self) -> None:
+        """For the watchdog: a call that a guest makes last is ended."""
+        since = load_word(self.address + CALLING_AT)
+        thread = self._thread
+        if since and thread is not None and time.monotonic_ns() - since > HELD_UP_S * 1e9 and thread.is_alive():
+            assert thread.ident is not None
+            signal.pthread_kill(thread.ident, INTERRUPT)
 
     @property
     def failed(self) -> str:
@@ -271,14 +283,25 @@ class WorkerPool:
             Worker(platform, i, self.alert_fd, spin_us=spin_us, software=software) for i in range(count)
         ]
         self._next = 0
+        self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Start all threads."""
+        """Start all threads. They are watched only if this is the main thread, which may set a signal's handler."""
+        if threading.current_thread() is threading.main_thread():
+            # A handler that does nothing, and no SA_RESTART: the call comes back with -EINTR.
+            signal.signal(INTERRUPT, lambda *_: None)
+            threading.Thread(target=self._watch, name="worker-watchdog", daemon=True).start()
         for worker in self.workers:
             worker.start()
 
+    def _watch(self) -> None:
+        while not self._stopped.wait(HELD_UP_S * 2):
+            for worker in self.workers:
+                worker.interrupt_if_held_up()
+
     def stop(self) -> None:
         """Stop all threads; the devices have been disconnected before."""
+        self._stopped.set()
         for worker in self.workers:
             worker.stop()
         os.close(self.alert_fd)

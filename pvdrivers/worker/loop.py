@@ -13,7 +13,7 @@ It leaves only when told to stop, or when io_uring itself fails.
 
 from __future__ import annotations
 
-from errno import ENOENT
+from errno import EAGAIN, EBUSY, ENOENT
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ import numpy as np
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, reap, wait
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
-from pvdrivers.syscalls import EINTR, clock_monotonic
+from pvdrivers.syscalls import EINTR, clock_monotonic, sched_yield
 from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
 
+from .events import unmask
 from .fair import look_around
 from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
 from .records import (
@@ -197,7 +198,6 @@ def _finish(wa: int) -> None:
 def _serve(wa: int) -> int:
     """Every ring that is ready now, once, with its budget. One that has more goes to the end of the line."""
     w = worker_at(wa)
-    seam = _seam(w)
     last = w["ready_tail"]
     served = 0
     while w["ready_head"] != 0:
@@ -211,7 +211,7 @@ def _serve(wa: int) -> int:
             if ring["masked"] != 0:
                 # Late: a storm of events costs its sender a visit each, not a wake-up each.
                 ring["masked"] = 0
-                call(seam["event_unmask"], seam["event_ctx"], ring["port"], 0, 0)
+                unmask(wa, ra)
         if ra == last:
             break
     return served
@@ -295,7 +295,11 @@ def run(wa: int) -> int:
         n = wait(u, HOUSEKEEPING_NS)
         if n == 0:
             _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
-        if n < 0 and n != -EINTR:
+        if n == -EAGAIN or n == -EBUSY:
+            # Short of memory, or of room for completions: nothing is lost, it is all still queued.
+            w["short"] += 1
+            sched_yield()
+        elif n < 0 and n != -EINTR:
             w["error"] = n
             return n
     return 0

@@ -20,9 +20,11 @@ RING_DETACHED = 5
 V_NONE = 0
 V_OVERFLOW = 1
 V_RECOVERY = 2
+V_EVENTS = 3
 VIOLATIONS = {
     V_OVERFLOW: "producer index beyond what the ring can hold",
     V_RECOVERY: "ring indices do not fit what the journal says",
+    V_EVENTS: "an event channel that does not take a notification",
 }
 
 WORKER = np.dtype(
@@ -70,12 +72,15 @@ WORKER = np.dtype(
         ("passes", "i8"),
         ("sleeps", "i8"),
         ("events", "i8"),
+        ("calling", "i8"),  # ns: since when the worker is in a call that a guest can hold up; 0 it is in none
+        ("short", "i8"),  # times that the kernel was short of memory for an I/O
         ("error", "i8"),  # -errno of io_uring that made the loop end
         ("tid", "i8"),
     ],
     align=True,
 )
 
+CALLING_AT: int = WORKER.fields["calling"][1]  # type: ignore[index]
 TOP_RING_AT: int = WORKER.fields["top_ring"][1]  # type: ignore[index]
 ZERO_BYTES = 1 << 20
 
