@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +44,10 @@ class Process:
             self.popen.send_signal(number)
         try:
             return self.popen.wait(30)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait(30)
+            raise
         finally:
             assert self.popen.stdout is not None
             self.popen.stdout.close()
@@ -111,14 +116,15 @@ class Bed:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for disk in self.disks:
-            disk.close()
-        for guest in self._guests:
-            guest.close()
-        self.dom0.close()
-        if self.backend is not None:
-            self.backend.end()
-        self.xen.end()
+        with ExitStack() as stack:  # whatever fails, the processes are ended
+            stack.callback(self.xen.end)
+            if self.backend is not None:
+                stack.callback(self.backend.end)
+            stack.callback(self.dom0.close)
+            for guest in self._guests:
+                stack.callback(guest.close)
+            for disk in self.disks:
+                stack.callback(disk.close)
 
 
 def until(condition: Any, timeout: float = 20.0) -> None:
