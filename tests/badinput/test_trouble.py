@@ -35,6 +35,7 @@ def test_no_embedded_xen(tmp_path: Path) -> None:
     one_error(cli("serve", "--run-dir", str(tmp_path / "nothing")), str(tmp_path / "nothing"), "pvdrivers sim")
 
 
+@pytest.mark.slow
 def test_a_second_daemon(operator: Operator) -> None:
     """All that is there is another's: it says who has it, and goes; the first serves on."""
     with operator.attached("memory:1M") as front:

@@ -45,12 +45,14 @@ def test_demo(tmp_path: Path) -> None:
     assert _processes(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_demo_over_a_killed_backend(tmp_path: Path) -> None:
     done = subprocess.run([*DEMO, "--kill"], env=_environment(tmp_path), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is killed, and started again" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_is_interrupted(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
@@ -68,6 +70,7 @@ def test_demo_is_interrupted(tmp_path: Path, number: int) -> None:
     assert _processes(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_demo_keeps_what_is_on_a_disk(tmp_path: Path) -> None:
     image = tmp_path / "mine.img"
     image.write_bytes(bytes(8 << 20) + b"precious" * 64 + bytes(1 << 20))

@@ -19,6 +19,7 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--untrusted-backend", "--abi", "x86_32"), ("--persistent", "off")])
 def test_fio_verifies_mixed_block_sizes(
     export: Any, image: Path, require_program: Require, tmp_path: Path, options: tuple[str, ...]
@@ -39,6 +40,7 @@ def test_fio_on_several_connections(export: Any, image: Path, require_program: R
              "--verify_state_save=0")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_qemu_img_compares(export: Any, image: Path, require_program: Require) -> None:
     qemu_img = require_program("qemu-img", "qemu-utils")
     image.write_bytes(os.urandom(8 << 20))
@@ -50,6 +52,7 @@ def test_qemu_img_compares(export: Any, image: Path, require_program: Require) -
         assert "identical" in _run(qemu_img, "compare", "-f", "raw", "-F", "raw", str(copy), uri)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sector_size", [512, 4096])
 def test_nbdcopy_there_and_back(export: Any, image: Path, require_program: Require, sector_size: int) -> None:
     nbdcopy = require_program("nbdcopy", "libnbd-bin")
@@ -62,6 +65,7 @@ def test_nbdcopy_there_and_back(export: Any, image: Path, require_program: Requi
     assert image.read_bytes() == source.read_bytes()
 
 
+@pytest.mark.slow
 def test_qemu_img_converts_into_the_guest(export: Any, image: Path, require_program: Require) -> None:
     """Write zeroes, trim and FUA as QEMU uses them."""
     qemu_img = require_program("qemu-img", "qemu-utils")

@@ -301,6 +301,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(STEPS)
+@pytest.mark.slow
 def test_same_replies_and_events(theirs: Store, new_store: Callable[..., Any], steps: list[tuple[Any, ...]]) -> None:
     embedded = new_store()
     ours = Store(
