@@ -24,7 +24,6 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import config as _config
-from numba.core import errors as _errors
 
 __all__ = ["JIT", "SEAM", "CacheDirError", "address_of", "cache_dir", "inline", "kernel", "seam_function"]
 
@@ -142,6 +141,3 @@ def address_of(fn: Any) -> int:
 def compiled_signatures(fn: Any) -> int:
     """How many versions of a kernel were compiled or loaded so far."""
     return len(getattr(fn, "signatures", ()))
-
-
-NumbaError = _errors.NumbaError
