@@ -147,7 +147,8 @@ class BlkBackend(Device):
             raise NotRecoverable(f"{self.ident}: there is no journal to recover from (--no-journal)")
         self.disconnect()
         said = parse_front(front, self.spec)
-        self.policy = disk_policy(self.spec.policy, said.persistent)
+        late = self.context.platform.late_unmap and self.store.direct
+        self.policy = disk_policy(self.spec.policy, said.persistent, unmap_too_late=late)
         format_disk(self.disk, self.spec, self.store, said.abi, self.params.flag("discard-enable", True))
         try:
             self._connect_queues(said, recover)

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.worker.records import INLINE_SEGMENTS, IOVEC, POLICIES, POLICY_MAP, POLICY_PERSISTENT, REQ, SEGMENT
+from pvdrivers.worker.records import (
+    INLINE_SEGMENTS,
+    IOVEC,
+    POLICIES,
+    POLICY_COPY,
+    POLICY_MAP,
+    POLICY_PERSISTENT,
+    REQ,
+    SEGMENT,
+)
 from rings.atomics import records
 from rings.jit import inline
 
@@ -84,7 +93,13 @@ def blk_at(qa: int) -> Any:
     return records(qa, 1, BLK_REQ)[0]
 
 
-def disk_policy(asked: str, front_persistent: bool) -> int:
-    """POLICY_*: the operator's choice; persistent only with a frontend that keeps its grants, too."""
+def disk_policy(asked: str, front_persistent: bool, *, unmap_too_late: bool = False) -> int:
+    """POLICY_*: the operator's choice; persistent only with a frontend that keeps its grants, too.
+
+    `unmap_too_late`: a page may still be mapped for a moment after direct I/O has completed and we have unmapped it. A
+    frontend that is answered then finds its grant in use, and Linux's gives up the disk: such pages are copied.
+    """
     policy = POLICIES[asked]
-    return POLICY_MAP if policy == POLICY_PERSISTENT and not front_persistent else policy
+    if policy == POLICY_PERSISTENT and not front_persistent:
+        policy = POLICY_MAP
+    return POLICY_COPY if policy == POLICY_MAP and unmap_too_late else policy

@@ -59,7 +59,9 @@ SEAM = np.dtype(
         ("event_notify", "i8"),  # f(event_ctx, port, 0, 0) -> 0 or -errno
         ("event_deliver", "i8"),  # f(event_ctx, token, 0, 0): the fd behind `token` became readable
         ("event_next", "i8"),  # f(event_ctx, 0, 0, 0) -> a pending, unmasked port, now cleared; or -1
-        ("event_unmask", "i8"),  # f(event_ctx, port, 0, 0) -> 0: the port may be delivered again
+        # f(event_ctx, port, later, 0) -> 0: the port may be delivered again; with `later` not before a call without,
+        # and port 0 is none
+        ("event_unmask", "i8"),
         ("offer_ctx", "i8"),  # a frontend's side of grants; 0 where pages are granted once and for all
         ("offer_grant", "i8"),  # f(offer_ctx, gref, frame, domid | readonly << 16) -> 0
         ("offer_end", "i8"),  # f(offer_ctx, gref, 0, 0) -> 0, or -EBUSY while it is mapped
@@ -162,6 +164,11 @@ class Platform(Protocol):
     store: XenStore
     grants: GrantTable
     pages: GuestPages
+    grant_pages: int | None
+    """How many granted pages this process should have mapped at the most; None: as many as it likes."""
+    late_unmap: bool
+    """Whether a page can stay mapped after grant_unmap for as long as the kernel still holds a reference to it, as
+    it may for a moment after direct I/O has completed."""
 
     def prepare(self, domid: int) -> None:
         """Open what the JIT seam needs to map pages of `domid`; GNTST_bad_domain without it."""

@@ -31,6 +31,7 @@ def _nr(x86: int, arm: int) -> int:
 
 NR_READ: Final = _nr(0, 63)
 NR_WRITE: Final = _nr(1, 64)
+NR_MMAP: Final = _nr(9, 222)
 NR_MPROTECT: Final = _nr(10, 226)
 NR_PREAD: Final = _nr(17, 67)
 NR_PWRITE: Final = _nr(18, 68)
@@ -60,6 +61,7 @@ EAGAIN: Final = errno.EAGAIN
 EBUSY: Final = errno.EBUSY
 EINTR: Final = errno.EINTR
 EINVAL: Final = errno.EINVAL
+ENOMEM: Final = errno.ENOMEM
 
 FUTEX_WAIT: Final = 0
 FUTEX_WAKE: Final = 1
@@ -67,6 +69,13 @@ FUTEX_WAKE: Final = 1
 PROT_NONE: Final = 0
 PROT_READ: Final = 1
 PROT_READ_WRITE: Final = 3
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_NORESERVE: Final = 0x4000
+MAP_FIXED_NOREPLACE: Final = 0x100000
+MADV_DONTNEED: Final = 4
 
 EPOLL_EVENT: Final = np.dtype([("events", "u4"), ("data", "u8")], align=not _X86)
 """struct epoll_event: packed to 12 bytes on x86-64, 16 bytes elsewhere."""
@@ -276,6 +285,20 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
 def ioctl(fd: int, request: int, argument: int) -> int:
     """ioctl(2): its result, or -errno."""
     return syscall(NR_IOCTL, fd, request, argument, 0, 0, 0)
+
+
+@inline
+def ioctl32(fd: int, request: int, value: int) -> int:
+    """ioctl(2) whose argument is a structure of one 32-bit number: its result, or -errno."""
+    at = _scratch16()
+    store64(at, value)
+    return syscall(NR_IOCTL, fd, request, at, 0, 0, 0)
+
+
+@inline
+def mmap(addr: int, n: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    """mmap(2): the address, or -errno."""
+    return syscall(NR_MMAP, addr, n, protection, flags, fd, offset)
 
 
 @inline

@@ -8,12 +8,13 @@ import time
 
 import numpy as np
 
+from pvdrivers import windows
 from pvdrivers.errors import PlatformError
+from pvdrivers.invoke import invoke
 
 from . import event_kernels as k
-from . import event_seam, windows, wire
+from . import event_seam, wire
 from .hypercall import Hypercalls
-from .invoke import invoke
 
 _EVENTS_AT_ONCE = 512
 

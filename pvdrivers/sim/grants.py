@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvdrivers import windows
 from pvdrivers.errors import PlatformError
+from pvdrivers.invoke import invoke
 from pvdrivers.platform import GRANT_OP, OP_READONLY, PAGE_SIZE
 
 from . import grant_kernels as k
-from . import grant_seam, windows, wire
+from . import grant_seam, wire
 from .hypercall import HypercallError, Hypercalls
-from .invoke import invoke
 
 _STATUS = {
     -1: "the entry does not let this domain in, or not so (general error)",

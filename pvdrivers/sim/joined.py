@@ -24,6 +24,9 @@ from .pages import SimGuestPages
 class SimPlatform:
     """One handle of a domain of the embedded Xen. Implements platform.Platform."""
 
+    grant_pages: int | None = None
+    late_unmap = False
+
     def __init__(self, run_dir: Path, domid: int, token: bytes | None, *, strict: bool, abi: str) -> None:
         """See pvdrivers.sim.open."""
         self.run_dir = run_dir

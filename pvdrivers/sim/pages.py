@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pvdrivers import windows
 from pvdrivers.errors import PlatformError
+from pvdrivers.invoke import invoke
 from pvdrivers.platform import PAGE_SIZE
 
-from . import grant_seam, windows, wire
+from . import grant_seam, wire
 from .extents import Extents
 from .grant_seam import OFFER_CTX
 from .hypercall import HypercallError, Hypercalls
-from .invoke import invoke
 
 _FRAMES_AT_ONCE = 256
 _GREFS_AT_ONCE = 256

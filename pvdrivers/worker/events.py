@@ -36,10 +36,18 @@ def notify(wa: int, ra: int) -> None:
 
 @kernel
 def unmask(wa: int, ra: int) -> None:
-    """Let the ring's port be delivered again."""
+    """Let the ring's port be delivered again, at the latest with the next unmask_now()."""
     seam = _seam(wa)
+    ring_at(ra)["masked"] = 0
     store_release64(wa + CALLING_AT, worker_at(wa)["now"])
-    result = call(seam["event_unmask"], seam["event_ctx"], ring_at(ra)["port"], 0, 0)
+    result = call(seam["event_unmask"], seam["event_ctx"], ring_at(ra)["port"], 1, 0)
     store_release64(wa + CALLING_AT, i64(0))
     if result == -EINTR:
         mark_dead(ra, V_EVENTS)
+
+
+@inline
+def unmask_now(wa: int) -> None:
+    """What was unmasked takes effect: one system call for all, where it takes one."""
+    seam = _seam(wa)
+    call(seam["event_unmask"], seam["event_ctx"], 0, 0, 0)

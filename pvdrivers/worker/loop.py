@@ -26,7 +26,7 @@ from rings.atomics import call, i64, load_acquire64, pause, records, store_relea
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
 
-from .events import unmask
+from .events import unmask, unmask_now
 from .fair import look_around
 from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
 from .records import (
@@ -208,10 +208,6 @@ def _serve(wa: int) -> int:
             mark_active(wa, ra)
             if call(ring["step"], wa, ra, w["budget"], 0) > 0:
                 mark_ready(wa, ra)
-            if ring["masked"] != 0:
-                # Late: a storm of events costs its sender a visit each, not a wake-up each.
-                ring["masked"] = 0
-                unmask(wa, ra)
         if ra == last:
             break
     return served
@@ -233,9 +229,14 @@ def _poll_active(wa: int) -> int:
 
 @kernel
 def _arm(wa: int) -> int:
-    """Ask every active ring's peer to wake us by its next request; how many had one already. See final_check."""
+    """Ask every active ring's peer to wake us by its next request; how many had one already. See final_check.
+
+    Events are let in again here, and not before: a worker that goes round looks at its rings anyway, so that a storm
+    costs its sender a visit each, not us a wake-up each.
+    """
     w = worker_at(wa)
     found = 0
+    unmasked = False
     keep = i64(0)
     while w["active_head"] != 0:
         ra = w["active_head"]
@@ -249,7 +250,12 @@ def _arm(wa: int) -> int:
             keep = ra
         else:
             ring["active"] = 0
+            if ring["masked"] != 0:
+                unmasked = True
+                unmask(wa, ra)
     w["active_head"] = keep
+    if unmasked:
+        unmask_now(wa)
     return found
 
 

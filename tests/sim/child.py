@@ -9,9 +9,9 @@ import time
 import numpy as np
 
 from pvdrivers import sim
+from pvdrivers.invoke import invoke
 from pvdrivers.platform import GRANT_OP, OP_READONLY
 from pvdrivers.sim import grant_seam
-from pvdrivers.sim.invoke import invoke
 
 
 def mapped(run_dir: str, domid: int, gref: int, flags: int, strict: bool) -> tuple[int, np.ndarray, sim.SimPlatform]:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pvdrivers.invoke import invoke
 from pvdrivers.sim import event_kernels as k
 from pvdrivers.sim import event_seam, wire
 from pvdrivers.sim.events import EventMemory
-from pvdrivers.sim.invoke import invoke
-from pvdrivers.sim.windows import view
+from pvdrivers.windows import view
 from tests.sim.naive_events import NaiveEvents
 
 deliver, take, unmask = invoke(event_seam.event_deliver), invoke(event_seam.event_next), invoke(event_seam.event_unmask)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from pvdrivers import sim
+from pvdrivers.invoke import invoke
 from pvdrivers.platform import (
     GRANT_OP,
     OP_READONLY,
@@ -25,8 +26,7 @@ from pvdrivers.platform import (
     GNTST_okay,
 )
 from pvdrivers.sim import grant_seam, toolstack
-from pvdrivers.sim.invoke import invoke
-from pvdrivers.sim.windows import view
+from pvdrivers.windows import view
 
 grant_map, grant_unmap = invoke(grant_seam.grant_map), invoke(grant_seam.grant_unmap)
 grant_copy = invoke(grant_seam.grant_copy)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from pvdrivers.errors import PlatformError
+from pvdrivers.invoke import invoke
 from pvdrivers.platform import (
     GRANT_OP,
     OP_READONLY,
@@ -27,8 +28,7 @@ from pvdrivers.platform import (
     GNTST_okay,
 )
 from pvdrivers.sim import grant_seam, toolstack, wire
-from pvdrivers.sim.invoke import invoke
-from pvdrivers.sim.windows import view
+from pvdrivers.windows import view
 
 grant_map, grant_unmap = invoke(grant_seam.grant_map), invoke(grant_seam.grant_unmap)
 grant_copy = invoke(grant_seam.grant_copy)

@@ -1,4 +1,4 @@
-"""Mappings of memory files, by address: fixed places and no access are beyond the mmap module."""
+"""Mappings of files and devices, by address: fixed places and no access are beyond the mmap module."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def reserve(size: int, *, at: int | None = None) -> int:
     return _mmap(at, size, PROT_NONE, flags, -1, 0)
 
 
-def zeros(size: int) -> int:
-    """Private memory, zero until it is touched and without a page until then."""
-    return _mmap(None, size, READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+def zeros(size: int, *, at: int | None = None) -> int:
+    """Private memory, zero until it is touched and without a page until then; `at` replaces what is mapped there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if at is not None else 0)
+    return _mmap(at, size, READ_WRITE, flags, -1, 0)
 
 
 def unmap(address: int, size: int) -> None:
