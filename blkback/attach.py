@@ -147,8 +147,8 @@ def detach_queue(state: QueueState) -> None:
 def drop_grants(state: QueueState) -> None:
     """Unmap what the ring kept mapped. The worker no longer serves it."""
     if state.handle is not None and int(state.handle.record["cache"]):
-        op = np.zeros(1, GRANT_OP)
-        grant_kernels.drop_cache(state.worker.address, state.handle.address, FOREVER, op.ctypes.data)
+        ops = np.zeros(PERSISTENT_BOUND, GRANT_OP)
+        grant_kernels.drop_cache(state.worker.address, state.handle.address, FOREVER, ops.ctypes.data, len(ops))
 
 
 def warm() -> None:
@@ -158,5 +158,5 @@ def warm() -> None:
     answer.compile("void(int64, int64, int64)")
     push_and_notify.compile("void(int64, int64)")
     format_cache.compile("void(int64)")
-    grant_kernels.drop_cache.compile("int64(int64, int64, int64, int64)")
+    grant_kernels.drop_cache.compile("int64(int64, int64, int64, int64, int64)")
     ringlib.back_end.compile("int64(int64, int64, int64, int64)")

@@ -126,6 +126,7 @@ def abandon(wa: int, ra: int, da: int) -> None:
     if qa != 0:
         ring["waiting"] = 0
         if disk_at(da)["handed_over"] != 0:
+            req_at(qa)["next"] = 0  # release goes by a list
             release(wa, qa)
             ring["inflight"] -= 1
             release_hold(ra, da)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pvdrivers.storage.uring import submit
 from pvdrivers.worker.events import notify as notify_guest
-from pvdrivers.worker.grants import acquire, copy_segments, purge_cache, release
+from pvdrivers.worker.grants import acquire, copy_back, purge_cache, release
 from pvdrivers.worker.histogram import bucket_of
 from pvdrivers.worker.journal import (
     STEP_COMPLETED,
@@ -153,7 +153,7 @@ def _reversed_list(first: int) -> int:
 
 @kernel
 def _gather(wa: int, ra: int) -> int:
-    """Of what the store gave back, the requests that are done, with their pages let go of; linked by REQ.next."""
+    """Of what the store gave back, the requests that are done; linked by REQ.next."""
     ring = ring_at(ra)
     da = ring["device"]
     head = i64(0)
@@ -167,9 +167,6 @@ def _gather(wa: int, ra: int) -> int:
         if not finished:
             finished = advance(wa, qa, da) == DONE
         if finished:
-            if req["bounced"] > 0 and req["to_guest"] != 0 and req["res"] >= 0 and req["failed"] == 0:
-                copy_segments(wa, qa, 1)
-            release(wa, qa)
             req["next"] = 0
             if tail != 0:
                 req_at(tail)["next"] = qa
@@ -191,13 +188,15 @@ def _respond(ra: int, qa: int, status: int) -> None:
 
 @seam_function
 def finish(wa: int, ra: int, _b: int, _c: int) -> int:
-    """RING.finish: journal the outcomes, respond, push once, notify if asked to, free the records."""
+    """RING.finish: release the pages, journal the outcomes, respond, push once, notify if asked, free the records."""
     w = worker_at(wa)
     ring = ring_at(ra)
     da = ring["device"]
     head = _gather(wa, ra)
     if head == 0:
         return 0
+    copy_back(wa, head)
+    release(wa, head)
     if w["reverse"] != 0:
         head = _reversed_list(head)
     checkpoint(w, STEP_COMPLETED)

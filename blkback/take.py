@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pvdrivers.platform import SEAM
+from pvdrivers.worker.batch import op_at
 from pvdrivers.worker.fair import allowance, note_taken
-from pvdrivers.worker.grants import op_at, pop_block, reserve_bounce
 from pvdrivers.worker.journal import (
     PAYLOAD_AT,
     STEP_CONSUMED,
@@ -19,6 +19,7 @@ from pvdrivers.worker.journal import (
     record_of,
 )
 from pvdrivers.worker.marks import mark_dead, req_at, ring_at, stats_at, worker_at
+from pvdrivers.worker.pools import pop_block, reserve_bounce
 from pvdrivers.worker.records import BLOCK_IOV_AT, BLOCK_OPS_AT, POLICY_COPY, V_OVERFLOW
 from rings.atomics import call, copy_in, i64, records
 from rings.blkif import ABI_64, ENTRY_SIZE_32, ENTRY_SIZE_64, INDIRECT_64, OP_INDIRECT, to_native

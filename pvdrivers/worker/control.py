@@ -124,7 +124,8 @@ class Worker:
         ports[:] = -1
         self._ports = ports
         w["port_ring"], w["max_ports"] = ports.ctypes.data, MAX_PORTS
-        w["ops"], w["max_ops"] = self._new((MAX_OPS + 1) * GRANT_OP.itemsize).address, MAX_OPS
+        w["ops"], w["max_ops"] = self._new(MAX_OPS * GRANT_OP.itemsize).address, MAX_OPS
+        w["owners"] = self._new(MAX_OPS * 8).address
         w["pass_reqs"] = self._new(BUDGET * 8).address
         w["scratch"] = self._new(4096).address
         w["zero"] = self._new(ZERO_BYTES).address

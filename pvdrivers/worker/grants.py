@@ -15,116 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.platform import GRANT_OP, OP_READONLY, OP_TO_GUEST, SEAM
-from rings.atomics import call, copy_bytes, i64, records
+from pvdrivers.platform import OP_READONLY, OP_TO_GUEST
+from rings.atomics import copy_bytes, i64, records
 from rings.jit import inline, kernel
 
-from .marks import mark_ready, req_at, ring_address, ring_at, stats_at, worker_at
+from .batch import OP_SIZE, add_copies, add_unmap, copy_batch, map_batch, op_at, segment_at, unmap_batch
+from .marks import req_at, ring_at, stats_at, worker_at
 from .persistent import cache_at, entry_at, evict, insert, lookup, put_back
-from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT, RING_ACTIVE, SEGMENT
+from .pools import pop_bounce, push_block, push_bounce, wake_starved
+from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
 
-_OP_SIZE = GRANT_OP.itemsize
-_SEGMENT_SIZE = SEGMENT.itemsize
 _IOVEC_SIZE = IOVEC.itemsize
-_I4 = np.dtype(np.int32)
 _I8 = np.dtype(np.int64)
 _NO_HANDLE = -1
+_FOREVER = 0x7FFFFFFFFFFFFFFF
 HELD_PERSISTENT = 0x8000  # GRANT_OP.flags: `handle` is an entry of the ring's cache
 
 
-@inline
-def op_at(ops: int, k: int) -> Any:
-    """GRANT_OP k of an array."""
-    return records(ops + k * _OP_SIZE, 1, GRANT_OP)[0]
-
-
-@inline
-def segment_at(segs: int, k: int) -> Any:
-    """SEGMENT k of an array."""
-    return records(segs + k * _SEGMENT_SIZE, 1, SEGMENT)[0]
-
-
-@inline
-def _seam(wa: int) -> Any:
-    return records(worker_at(wa)["seam"], 1, SEAM)[0]
-
-
-@inline
-def pop_block(wa: int) -> int:
-    """A free BLOCK, or 0."""
-    w = worker_at(wa)
-    if w["blocks_n"] == 0:
-        return 0
-    w["blocks_n"] -= 1
-    return i64(records(w["blocks_free"], w["blocks_n"] + 1, _I8)[w["blocks_n"]])
-
-
-@inline
-def push_block(wa: int, block: int) -> None:
-    """Give a BLOCK back."""
-    w = worker_at(wa)
-    records(w["blocks_free"], w["blocks_n"] + 1, _I8)[w["blocks_n"]] = block
-    w["blocks_n"] += 1
-
-
-@inline
-def _pop_bounce(wa: int) -> int:
-    w = worker_at(wa)
-    w["bounce_n"] -= 1
-    return w["bounce"] + i64(records(w["bounce_free"], w["bounce_n"] + 1, _I4)[w["bounce_n"]]) * 4096
-
-
-@inline
-def _push_bounce(wa: int, address: int) -> None:
-    w = worker_at(wa)
-    records(w["bounce_free"], w["bounce_n"] + 1, _I4)[w["bounce_n"]] = (address - w["bounce"]) >> 12
-    w["bounce_n"] += 1
-
-
 @kernel
-def wake_starved(wa: int) -> None:
-    """Blocks or bounce pages came back: rings that waited for them are served again.
-
-    Not always the same one first, for that one may take all there is.
-    """
-    w = worker_at(wa)
-    w["starved"] = 0
-    first = w["starved_first"]
-    found = False
-    for k in range(w["top_ring"]):
-        i = (first + k) % w["top_ring"]
-        ra = ring_address(w, i)
-        ring = ring_at(ra)
-        if ring["state"] == RING_ACTIVE and ring["blocked"] != 0:
-            mark_ready(wa, ra)
-            if not found:
-                found = True
-                w["starved_first"] = i + 1
-
-
-@inline
-def _spare_op(wa: int) -> int:
-    """The op behind the batch, for one page outside of it: the batch itself may be in use."""
-    w = worker_at(wa)
-    return w["ops"] + w["max_ops"] * _OP_SIZE
-
-
-@kernel
-def _unmap_handle(wa: int, handle: int, at: int) -> None:
-    seam = _seam(wa)
-    op_at(at, 0)["handle"] = handle
-    call(seam["grant_unmap"], seam["grant_ctx"], at, 1, 0)
-
-
-@kernel
-def _map_batch(wa: int, first: int, last: int, n: int) -> None:
+def _map_requests(wa: int, first: int, last: int, n: int) -> None:
     """Map the n operations of the batch, and give each request of pass_reqs[first:last] its own."""
     w = worker_at(wa)
-    seam = _seam(wa)
-    if n > 0:
-        call(seam["grant_map"], seam["grant_ctx"], w["ops"], n, 0)
+    map_batch(wa, n)
     reqs = records(w["pass_reqs"], last, _I8)
     at = i64(0)
+    evicted = i64(0)  # handles, at the start of the batch: there are fewer than operations that were looked at
     for i in range(first, last):
         req = req_at(reqs[i])
         ra = req["ring"]
@@ -136,7 +51,7 @@ def _map_batch(wa: int, first: int, last: int, n: int) -> None:
             mine = op_at(req["ops"], k)
             if mine["flags"] & HELD_PERSISTENT != 0:
                 continue
-            copy_bytes(req["ops"] + k * _OP_SIZE, w["ops"] + at * _OP_SIZE, _OP_SIZE)
+            copy_bytes(req["ops"] + k * OP_SIZE, w["ops"] + at * OP_SIZE, OP_SIZE)
             at += 1
             status = i64(mine["status"])
             if status != 0:
@@ -146,30 +61,36 @@ def _map_batch(wa: int, first: int, last: int, n: int) -> None:
                 continue
             stats["grants_mapped"] += 1
             if ring["policy"] == POLICY_PERSISTENT:
-                _keep(wa, ra, mine)
+                old = _keep(wa, ra, mine)
+                if old != _NO_HANDLE:
+                    op_at(w["ops"], evicted)["handle"] = old
+                    evicted += 1
+    unmap_batch(wa, w["ops"], evicted)
 
 
 @inline
-def _keep(wa: int, ra: int, op: Any) -> None:
-    """Put a page just mapped into the ring's cache. If all there are in use it stays the request's own."""
-    w = worker_at(wa)
+def _keep(wa: int, ra: int, op: Any) -> int:
+    """Put a page just mapped into the ring's cache. If all there are in use it stays the request's own.
+
+    The handle of a page that had to go for it, for the caller to unmap, or _NO_HANDLE.
+    """
     ring = ring_at(ra)
     ca = ring["cache"]
+    now = worker_at(wa)["now"]
+    old = i64(_NO_HANDLE)
     # The same gref twice in one pass was missed twice: the second stays the request's own.
-    entry = lookup(ca, i64(op["gref"]), w["now"])
+    entry = lookup(ca, i64(op["gref"]), now)
     if entry >= 0:
         put_back(ca, entry)
-        return
+        return old
     if cache_at(ca)["free"] < 0:
-        old = evict(ca, i64(0x7FFFFFFFFFFFFFFF))
-        if old < 0:
-            return
-        _unmap_handle(wa, old, _spare_op(wa))
-    entry = insert(ca, i64(op["gref"]), op["address"], op["handle"], w["now"])
+        old = evict(ca, i64(_FOREVER))
+    entry = insert(ca, i64(op["gref"]), op["address"], op["handle"], now)
     if entry >= 0:
         op["handle"] = entry
         op["flags"] |= HELD_PERSISTENT
     stats_at(ring["stats"])["persistent_held"] = cache_at(ca)["used"]
+    return old
 
 
 @kernel
@@ -185,7 +106,7 @@ def _acquire_map(wa: int, n: int) -> None:
             continue
         ring = ring_at(req["ring"])
         if count + req["nseg"] > w["max_ops"]:
-            _map_batch(wa, first, i, count)
+            _map_requests(wa, first, i, count)
             first, count = i64(i), i64(0)
         req["held"] = 1
         persistent = ring["policy"] == POLICY_PERSISTENT
@@ -206,57 +127,39 @@ def _acquire_map(wa: int, n: int) -> None:
             op = op_at(w["ops"], count)
             op["gref"], op["domid"], op["flags"] = gref, ring["domid"], flags
             count += 1
-    _map_batch(wa, first, n, count)
+    _map_requests(wa, first, n, count)
 
 
 @kernel
-def copy_segments(wa: int, qa: int, to_guest: int) -> None:
-    """Grant-copy between a request's segments and its bounce pages; sets REQ.failed."""
+def _acquire_bounce(wa: int, n: int) -> None:
+    """Bounce pages for pass_reqs[:n], one a segment, and for writes the data in them. The pages were reserved."""
     w = worker_at(wa)
-    seam = _seam(wa)
-    req = req_at(qa)
-    ring = ring_at(req["ring"])
-    stats = stats_at(ring["stats"])
-    done = i64(0)
-    while done < req["nseg"]:
-        n = min(req["nseg"] - done, w["max_ops"])
-        for k in range(n):
-            seg = segment_at(req["segs"], done + k)
-            op = op_at(w["ops"], k)
-            op["address"] = op_at(req["ops"], done + k)["address"]
-            op["gref"], op["domid"] = seg["gref"], ring["domid"]
-            op["offset"], op["length"] = seg["offset"], seg["length"]
-            op["flags"] = OP_TO_GUEST if to_guest != 0 else 0
-        call(seam["grant_copy"], seam["grant_ctx"], w["ops"], n, 0)
-        for k in range(n):
-            status = i64(op_at(w["ops"], k)["status"])
-            if status != 0:
-                req["failed"] = status
-                stats["map_failures"] += 1
-        stats["grants_copied"] += n
-        done += n
+    reqs = records(w["pass_reqs"], n, _I8)
+    copies = i64(0)
+    for i in range(n):
+        req = req_at(reqs[i])
+        if req["nseg"] == 0:
+            continue
+        for k in range(req["nseg"]):
+            op_at(req["ops"], k)["address"] = pop_bounce(wa)
+        req["bounced"] = req["nseg"]
+        req["held"] = 1
+        if req["to_guest"] == 0:
+            copies = add_copies(wa, reqs[i], copies, 0)
+    copy_batch(wa, copies)
+    w["bounce_reserved"] = 0
 
 
-@inline
-def reserve_bounce(wa: int, pages: int) -> bool:
-    """Set so many bounce pages aside for this pass. False if they are not free: the request stays on the ring."""
-    w = worker_at(wa)
-    if w["bounce_n"] - w["bounce_reserved"] < pages:
-        return False
-    w["bounce_reserved"] += pages
-    return True
-
-
-@inline
-def _acquire_bounce(wa: int, qa: int) -> None:
-    """One bounce page a segment, and for a write the data in it. They were reserved."""
-    req = req_at(qa)
-    for k in range(req["nseg"]):
-        op_at(req["ops"], k)["address"] = _pop_bounce(wa)
-    req["bounced"] = req["nseg"]
-    req["held"] = 1
-    if req["to_guest"] == 0:
-        copy_segments(wa, qa, 0)
+@kernel
+def copy_back(wa: int, qa: int) -> None:
+    """What was read into bounce pages, to the guest: of a request and those that follow by REQ.next. Sets failed."""
+    copies = i64(0)
+    while qa != 0:
+        req = req_at(qa)
+        if req["bounced"] > 0 and req["to_guest"] != 0 and req["res"] >= 0 and req["failed"] == 0:
+            copies = add_copies(wa, qa, copies, OP_TO_GUEST)
+        qa = req["next"]
+    copy_batch(wa, copies)
 
 
 @inline
@@ -287,10 +190,7 @@ def acquire(wa: int, ra: int, n: int) -> None:
     reqs = records(w["pass_reqs"], n, _I8)
     copying = ring_at(ra)["policy"] == POLICY_COPY
     if copying:
-        for i in range(n):
-            if req_at(reqs[i])["nseg"] > 0:
-                _acquire_bounce(wa, reqs[i])
-        w["bounce_reserved"] = 0
+        _acquire_bounce(wa, n)
     else:
         _acquire_map(wa, n)
     for i in range(n):
@@ -299,65 +199,76 @@ def acquire(wa: int, ra: int, n: int) -> None:
             _build_iov(reqs[i], copying)
 
 
-@kernel
-def release(wa: int, qa: int) -> None:
-    """Let go of a request's pages: unmap what is its own, put back what is the cache's, free bounce and block."""
+@inline
+def _let_go(wa: int, qa: int, n: int) -> int:
+    """The pages of one request: those of its own join n in the batch of unmaps; how many are in it now."""
     w = worker_at(wa)
     req = req_at(qa)
-    if req["held"] != 0:
-        req["held"] = 0
-        if req["bounced"] > 0:
-            for k in range(req["bounced"]):
-                _push_bounce(wa, op_at(req["ops"], k)["address"])
-            req["bounced"] = 0
-        else:
-            seam = _seam(wa)
-            ca = ring_at(req["ring"])["cache"]
-            n = i64(0)
-            for k in range(req["nseg"]):
-                op = op_at(req["ops"], k)
-                if op["flags"] & HELD_PERSISTENT != 0:
-                    put_back(ca, op["handle"])
-                elif op["handle"] != _NO_HANDLE:
-                    op_at(w["ops"], n)["handle"] = op["handle"]
-                    n += 1
-                    if n == w["max_ops"]:
-                        call(seam["grant_unmap"], seam["grant_ctx"], w["ops"], n, 0)
-                        n = i64(0)
-            if n > 0:
-                call(seam["grant_unmap"], seam["grant_ctx"], w["ops"], n, 0)
-    if req["block"] != 0:
-        push_block(wa, req["block"])
-        req["block"] = 0
+    if req["held"] == 0:
+        return n
+    req["held"] = 0
+    if req["bounced"] > 0:
+        for k in range(req["bounced"]):
+            push_bounce(wa, op_at(req["ops"], k)["address"])
+        req["bounced"] = 0
+        return n
+    ca = ring_at(req["ring"])["cache"]
+    for k in range(req["nseg"]):
+        op = op_at(req["ops"], k)
+        if op["flags"] & HELD_PERSISTENT != 0:
+            put_back(ca, op["handle"])
+        elif op["handle"] != _NO_HANDLE:
+            n = add_unmap(wa, w["ops"], w["max_ops"], n, op["handle"])
+    return n
+
+
+@kernel
+def release(wa: int, qa: int) -> None:
+    """Let go of the pages of a request and of those that follow by REQ.next: all are unmapped when this returns.
+
+    What is their own is unmapped, what is the cache's put back; bounce pages and blocks are free again.
+    """
+    w = worker_at(wa)
+    n = i64(0)
+    while qa != 0:
+        req = req_at(qa)
+        n = _let_go(wa, qa, n)
+        if req["block"] != 0:
+            push_block(wa, req["block"])
+            req["block"] = 0
+        qa = req["next"]
+    unmap_batch(wa, w["ops"], n)
     if w["starved"] != 0:
         wake_starved(wa)
 
 
 @kernel
-def drop_cache(wa: int, ra: int, not_used_since: int, op: int) -> int:
+def drop_cache(wa: int, ra: int, not_used_since: int, ops: int, most: int) -> int:
     """Unmap the ring's persistent pages last used before that (ns), but for those in use; how many.
 
-    `op` is the address of a GRANT_OP to work with: the worker's own, or the control thread's.
+    `ops` is the address of GRANT_OP[most] to work with: the worker's own, or the control thread's.
     """
     ca = ring_at(ra)["cache"]
-    n = i64(0)
+    dropped = i64(0)
     if ca == 0:
-        return n
+        return dropped
+    n = i64(0)
     while True:
         handle = evict(ca, not_used_since)
         if handle < 0:
             break
-        _unmap_handle(wa, handle, op)
-        n += 1
+        n = add_unmap(wa, ops, most, n, handle)
+        dropped += 1
+    unmap_batch(wa, ops, n)
     stats_at(ring_at(ra)["stats"])["persistent_held"] = cache_at(ca)["used"]
-    return n
+    return dropped
 
 
 @inline
 def purge_cache(wa: int, ra: int) -> None:
     """Once a second at most: let go of persistent pages that were not used for a while (Linux: 60 s)."""
+    w = worker_at(wa)
     ring = ring_at(ra)
-    now = worker_at(wa)["now"]
-    if ring["cache"] != 0 and now - ring["purged"] > 1_000_000_000:
-        ring["purged"] = now
-        drop_cache(wa, ra, now - ring["keep_ns"], _spare_op(wa))
+    if ring["cache"] != 0 and w["now"] - ring["purged"] > 1_000_000_000:
+        ring["purged"] = w["now"]
+        drop_cache(wa, ra, w["now"] - ring["keep_ns"], w["ops"], w["max_ops"])

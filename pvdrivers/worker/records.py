@@ -57,6 +57,7 @@ WORKER = np.dtype(
         ("reverse", "i8"),  # tests: answer every batch of finished requests in reverse order
         ("ops", "i8"),  # GRANT_OP[max_ops]: the batch of a pass
         ("max_ops", "i8"),
+        ("owners", "i8"),  # i8[max_ops]: the REQ that each copy of the batch is for
         ("pass_reqs", "i8"),  # i8[budget]: REQ addresses of a pass
         ("scratch", "i8"),  # 128 bytes: a request before it is brought to its native layout
         ("bounce", "i8"),  # address of the bounce pages

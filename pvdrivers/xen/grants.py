@@ -34,8 +34,8 @@ from .grant_seam import GRANT_CTX
 
 WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
-MOST_OPS = 4097
-"""Operations in a batch: a worker's own, and its spare."""
+MOST_OPS = 4096
+"""Operations in a batch: the worker's."""
 
 _grant_map = invoke(grant_seam.grant_map)
 _grant_unmap = invoke(grant_seam.grant_unmap)

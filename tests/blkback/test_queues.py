@@ -70,8 +70,10 @@ def look(wa: int) -> None:
 class Queues:
     """One disk, two rings, one worker; with `recover` the successor of one whose guest and journal these are."""
 
-    def __init__(self, path: Path, policy: int = POLICY_MAP, before: Queues | None = None) -> None:
-        self.bed = bed = Bed(policy, grefs=SLOTS, slots=SLOTS, max_ops=16, bounce=16)
+    def __init__(
+        self, path: Path, policy: int = POLICY_MAP, before: Queues | None = None, *, bounce: int = 16
+    ) -> None:
+        self.bed = bed = Bed(policy, grefs=SLOTS, slots=SLOTS, max_ops=16, bounce=bounce)
         seam: Any = next(k for k in bed._keep if isinstance(k, np.ndarray) and k.dtype == SEAM)
         seam["event_notify"] = address_of(nobody_listens)
         self.memory = before.memory if before else Memory((RINGS + SLOTS) * PAGE)
@@ -255,3 +257,32 @@ def test_a_null_disk_shows_nobody_what_was_in_a_bounce_page(tmp_path: Path) -> N
     queues.run(2)
     assert queues.answers(0) == [0]
     assert not queues.bed.pages[2].any()
+
+
+def test_a_pass_takes_one_call_of_each_kind(tmp_path: Path) -> None:
+    """Whatever the number of its requests; and all is unmapped before the guest can see an answer."""
+    queues = Queues(tmp_path / "journal")
+    counts: Any = queues.bed.counts[0]
+    counts["watch"] = queues.indices(0)[2:].ctypes.data  # rsp_prod
+    for round, operation in enumerate([blkif.OP_WRITE, blkif.OP_READ]):
+        queues.put(0, operation, [0, 1, 2, 3], 3)
+        queues.put(0, operation, [4], 3)
+        queues.run(1)
+        assert queues.answers(0) == [0] * 6
+        assert queues.bed.calls() == {"map": round + 1, "unmap": round + 1, "copy": 0}
+        assert counts["watched"] == 6 * round and not queues.bed.mapped.any()
+    queues.bed.check()
+
+
+def test_a_pass_is_copied_by_one_call_each_way(tmp_path: Path) -> None:
+    """Writes when they are taken, reads when they are done; a page that is refused fails its own request."""
+    queues = Queues(tmp_path / "journal", POLICY_COPY, bounce=16 * 11)
+    queues.bed.refused[4] = -3
+    for operation, calls in ((blkif.OP_WRITE, 1), (blkif.OP_READ, 2)):
+        for grefs in ([0, 1], [2, 4], [3], [5, 6, 7], [1]):
+            queues.put(0, operation, grefs)
+        queues.run(1)
+        assert queues.answers(0) == [blkif.RSP_OKAY, blkif.RSP_ERROR, *[blkif.RSP_OKAY] * 3]
+        assert queues.bed.calls() == {"map": 0, "unmap": 0, "copy": calls}
+    assert queues.bed.worker[0]["bounce_n"] == 16 * 11 and queues.stats[0]["map_failures"] == 2
+    queues.bed.check()

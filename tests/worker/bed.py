@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pvdrivers.platform import GRANT_OP, OP_READONLY, OP_TO_GUEST, SEAM, GNTST_bad_domain, GNTST_bad_gntref
-from pvdrivers.worker import grants
+from pvdrivers.worker import grants, pools
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache, put_back
 from pvdrivers.worker.records import (
     BLOCK_IOV_AT,
@@ -43,13 +44,17 @@ COUNTS = np.dtype(
         ("handles", "i8"),  # address of i4[HANDLES]: gref + 1 of a handle in use
         ("next", "i8"),
         ("bad", "i8"),  # handles given back that were not in use
-        ("calls", "i8"),
+        ("map_calls", "i8"),
+        ("unmap_calls", "i8"),
+        ("copy_calls", "i8"),
         ("largest", "i8"),  # operations in one call
         ("maps", "i8"),
+        ("watch", "i8"),  # address of a u4, or 0: what is there
+        ("watched", "i8"),  # ... when something was unmapped last
     ],
     align=True,
 )
-_I2, _I4 = np.dtype(np.int16), np.dtype(np.int32)
+_I2, _I4, _U4 = np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.uint32)
 
 
 @kernel
@@ -67,7 +72,6 @@ def _admit(ctx_at: int, op_address: int) -> int:
 @kernel
 def _called(ctx_at: int, n: int) -> None:
     ctx = records(ctx_at, 1, COUNTS)[0]
-    ctx["calls"] += 1
     if n > ctx["largest"]:
         ctx["largest"] = n
 
@@ -76,6 +80,7 @@ def _called(ctx_at: int, n: int) -> None:
 def counting_map(ctx_at: int, ops: int, n: int, c: int) -> int:
     """SEAM.grant_map."""
     ctx = records(ctx_at, 1, COUNTS)[0]
+    ctx["map_calls"] += 1
     _called(ctx_at, n)
     failed = i64(0)
     for k in range(n):
@@ -101,6 +106,9 @@ def counting_map(ctx_at: int, ops: int, n: int, c: int) -> int:
 def counting_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
     """SEAM.grant_unmap."""
     ctx = records(ctx_at, 1, COUNTS)[0]
+    ctx["unmap_calls"] += 1
+    if ctx["watch"] != 0:
+        ctx["watched"] = i64(records(ctx["watch"], 1, _U4)[0])
     _called(ctx_at, n)
     failed = i64(0)
     for k in range(n):
@@ -122,6 +130,7 @@ def counting_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
 def counting_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
     """SEAM.grant_copy."""
     ctx = records(ctx_at, 1, COUNTS)[0]
+    ctx["copy_calls"] += 1
     _called(ctx_at, n)
     failed = i64(0)
     for k in range(n):
@@ -141,12 +150,12 @@ def counting_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
 
 @kernel
 def reserve(wa: int, pages: int) -> bool:
-    return grants.reserve_bounce(wa, pages)
+    return pools.reserve_bounce(wa, pages)
 
 
 @kernel
 def pop_block(wa: int) -> int:
-    return grants.pop_block(wa)
+    return pools.pop_block(wa)
 
 
 @kernel
@@ -224,8 +233,10 @@ class Bed:
         w = self.worker[0]
         w["seam"], w["rings"] = seam.ctypes.data, self.ring.ctypes.data
         w["max_rings"] = w["top_ring"] = 1
-        self._bytes((self.max_ops + 1) * GRANT_OP.itemsize)
+        self._bytes(self.max_ops * GRANT_OP.itemsize)
         w["ops"], w["max_ops"] = self._keep[-1].address, self.max_ops
+        self._bytes(self.max_ops * 8)
+        w["owners"] = self._keep[-1].address
         self._bytes(slots * 8)
         w["pass_reqs"], w["budget"] = self._keep[-1].address, slots
         self.pass_reqs = self._keep[-1].bytes.view(np.int64)
@@ -284,8 +295,22 @@ class Bed:
         self.pass_reqs[: len(slots)] = [self.qa(s) for s in slots]
         grants.acquire(self.wa, self.ra, len(slots))
 
-    def release(self, slot: int) -> None:
-        grants.release(self.wa, self.qa(slot))
+    def linked(self, slots: list[int]) -> int:
+        """The first of some requests, linked by REQ.next as `finish` has them."""
+        for slot, following in pairwise(slots):
+            self.reqs[slot]["next"] = self.qa(following)
+        self.reqs[slots[-1]]["next"] = 0
+        return self.qa(slots[0])
+
+    def release(self, *slots: int) -> None:
+        grants.release(self.wa, self.linked(list(slots)))
+
+    def copy_back(self, *slots: int) -> None:
+        grants.copy_back(self.wa, self.linked(list(slots)))
+
+    def calls(self) -> dict[str, int]:
+        """Calls of the seam so far."""
+        return {name: int(self.counts[0][f"{name}_calls"]) for name in ("map", "unmap", "copy")}
 
     def iovecs(self, slot: int) -> list[tuple[int, int]]:
         """(address, length) of a request's memory."""

@@ -37,6 +37,16 @@ def merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
+def batches(sizes: list[int]) -> int:
+    """How many batches of MAX_OPS hold these requests, in order and each in one."""
+    n = left = 0
+    for size in filter(None, sizes):
+        if size > left:
+            n, left = n + 1, MAX_OPS
+        left -= size
+    return n
+
+
 class Grants(RuleBasedStateMachine):
     """Requests of one ring, some refused, that come and go in any order."""
 
@@ -70,8 +80,14 @@ class Grants(RuleBasedStateMachine):
             self.has_block = slots[-1] if block else self.has_block
             self.flying[slots[-1]] = (segments, to_guest)
         kept = set(self.bed.cached()) if self.policy == POLICY_PERSISTENT else set()
+        before = self.bed.calls()
         self.bed.acquire(slots)
         self.look_at(slots, kept)
+        self.took_calls(slots, {kind: n - before[kind] for kind, n in self.bed.calls().items()}, kept)
+
+    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
+        """What it took: a request's pages are in one batch, and no batch is left half empty for nothing."""
+        assert calls == {"map": batches([len(self.flying[s][0]) for s in slots]), "unmap": 0, "copy": 0}
 
     def look_at(self, slots: list[int], kept: set[int]) -> None:
         for slot in slots:
@@ -95,17 +111,24 @@ class Grants(RuleBasedStateMachine):
 
     @precondition(lambda self: self.flying)
     @rule(data=st.data())
-    def one_ends(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.flying)))
-        self.ends(slot)
+    def some_end(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.lists(st.sampled_from(sorted(self.flying)), min_size=1, unique=True)))
 
-    def ends(self, slot: int) -> None:
-        self.bed.release(slot)
-        assert self.bed.reqs[slot]["held"] == 0 and self.bed.reqs[slot]["block"] == 0
-        if slot == self.has_block:
-            self.has_block = -1
-        del self.flying[slot]
-        self.free.append(slot)
+    def end(self, slots: list[int]) -> None:
+        own = sum(self.own_pages(slot) for slot in slots)
+        before = self.bed.calls()["unmap"]
+        self.bed.release(*slots)
+        assert self.bed.calls()["unmap"] - before == -(-own // MAX_OPS), "one call for all of them, or few full ones"
+        for slot in slots:
+            assert self.bed.reqs[slot]["held"] == 0 and self.bed.reqs[slot]["block"] == 0
+            if slot == self.has_block:
+                self.has_block = -1
+            del self.flying[slot]
+            self.free.append(slot)
+
+    def own_pages(self, slot: int) -> int:
+        """Pages that are mapped for this request alone."""
+        return sum(handle != -1 for handle in self.handles(slot, len(self.flying[slot][0])))
 
     def expected(self) -> np.ndarray:
         """How often each page should be mapped now."""
@@ -117,12 +140,15 @@ class Grants(RuleBasedStateMachine):
                     want[gref] += 1
         return want
 
+    def ops(self, slot: int, n: int) -> np.ndarray:
+        """How each page of a request is held."""
+        if slot != self.has_block:
+            return self.bed.held[slot][:n]
+        at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
+        return self.bed.block[at : at + 32 * n].view(GRANT_OP)
+
     def handles(self, slot: int, n: int) -> list[int]:
-        held = self.bed.held[slot]
-        if slot == self.has_block:
-            at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
-            held = self.bed.block[at : at + 32 * n].view(GRANT_OP)
-        return [int(held[k]["handle"]) for k in range(n)]
+        return [int(op["handle"]) for op in self.ops(slot, n)]
 
     @invariant()
     def nothing_is_undone_twice(self) -> None:
@@ -136,8 +162,8 @@ class Grants(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "bed"):
-            for slot in list(self.flying):
-                self.ends(slot)
+            if self.flying:
+                self.end(list(self.flying))
             self.bed.check()
             self.at_rest()
 
@@ -162,13 +188,26 @@ class Persistent(Grants):
         assert users + own == good
         assert not self.bed.readonly.any()  # a page is for reading and writing, whoever comes first
 
-    @rule(age=st.integers(0, 3))
-    def idle_pages_go(self, age: int) -> None:
-        op = np.zeros(1, GRANT_OP)
-        before = self.bed.cached()
-        n = int(grants.drop_cache(self.bed.wa, self.bed.ra, self.now - age, op.ctypes.data))
+    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
+        """Pages that are kept need none; what goes to make room, at most one a batch."""
+        missed = [sum(gref not in kept for gref, _, _ in self.flying[slot][0]) for slot in slots]
+        assert calls["copy"] == 0
+        assert calls["map"] <= batches([len(self.flying[s][0]) for s in slots])
+        assert (calls["map"] > 0) == (sum(missed) > 0)
+        assert calls["unmap"] <= calls["map"]
+
+    def own_pages(self, slot: int) -> int:
+        held = self.ops(slot, len(self.flying[slot][0]))
+        return sum(op["handle"] != -1 and not op["flags"] & grants.HELD_PERSISTENT for op in held)
+
+    @rule(age=st.integers(0, 3), room=st.integers(1, BOUND + 1))
+    def idle_pages_go(self, age: int, room: int) -> None:
+        ops = np.zeros(room, GRANT_OP)
+        before, calls = self.bed.cached(), self.bed.calls()["unmap"]
+        n = int(grants.drop_cache(self.bed.wa, self.bed.ra, self.now - age, ops.ctypes.data, room))
         after = self.bed.cached()
         assert len(before) - len(after) == n
+        assert self.bed.calls()["unmap"] - calls == -(-n // room)
         assert all(users == 0 for gref, users in before.items() if gref not in after)
 
     def at_rest(self) -> None:
@@ -177,7 +216,7 @@ class Persistent(Grants):
         assert [int(g) for g in np.flatnonzero(self.bed.mapped)] == sorted(cached)
         assert self.bed.mapped.max(initial=0) <= 1
         op = np.zeros(1, GRANT_OP)
-        assert int(grants.drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data)) == len(cached)
+        assert int(grants.drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data, 1)) == len(cached)
         assert not self.bed.mapped.any()
         self.bed.check()
 
@@ -196,29 +235,42 @@ class Copy(Grants):
                 index = at - self.bed.bounce.ctypes.data
                 assert (self.bed.bounce[index : index + n] == self.bed.pages[gref, offset : offset + n]).all()
 
-    def ops(self, slot: int, n: int) -> np.ndarray:
-        if slot != self.has_block:
-            return self.bed.held[slot][:n]
-        at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
-        return self.bed.block[at : at + 32 * n].view(GRANT_OP)
+    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
+        """All writes of a pass are one stream of copies."""
+        writes = sum(len(segments) for segments, to_guest in map(self.flying.__getitem__, slots) if not to_guest)
+        assert calls == {"map": 0, "unmap": 0, "copy": -(-writes // MAX_OPS)}
 
-    def ends(self, slot: int) -> None:
-        segments, to_guest = self.flying[slot]
-        if to_guest and segments and self.bed.reqs[slot]["failed"] == 0:
-            self.read_back(slot, segments)
-        super().ends(slot)
+    def own_pages(self, slot: int) -> int:
+        return 0
 
-    def read_back(self, slot: int, segments: list[Segment]) -> None:
-        """The data of a read: into the guest's pages, and nowhere beside them."""
+    def end(self, slots: list[int]) -> None:
+        self.read_back(slots)
+        super().end(slots)
+
+    def read_back(self, slots: list[int]) -> None:
+        """The data of reads: into the guest's pages, and nowhere beside them. The store may have failed, too."""
         want = self.bed.pages.copy()
-        for k, (op, (gref, offset, n)) in enumerate(zip(self.ops(slot, len(segments)), segments)):
-            index = int(op["address"]) - self.bed.bounce.ctypes.data
-            self.bed.bounce[index : index + n] = 100 + k
-            if not self.bad(gref):
-                want[gref, offset : offset + n] = 100 + k
-        grants.copy_segments(self.bed.wa, self.bed.qa(slot), 1)
+        reads, copies = [], 0
+        for slot in slots:
+            segments, to_guest = self.flying[slot]
+            self.bed.reqs[slot]["res"] = -5 if slot % 4 == 3 else 0
+            if not to_guest or slot % 4 == 3:
+                continue
+            reads.append(slot)
+            for k, (op, (gref, offset, n)) in enumerate(zip(self.ops(slot, len(segments)), segments)):
+                index = int(op["address"]) - self.bed.bounce.ctypes.data
+                self.bed.bounce[index : index + n] = 100 + 8 * slot + k
+                copies += 1
+                if not self.bad(gref):
+                    want[gref, offset : offset + n] = 100 + 8 * slot + k
+        before, failed = self.bed.calls()["copy"], self.bed.reqs["failed"].copy()
+        self.bed.copy_back(*slots)
         assert (self.bed.pages == want).all()
-        assert (self.bed.reqs[slot]["failed"] != 0) == any(self.bad(g) for g, _, _ in segments)
+        assert self.bed.calls()["copy"] - before == -(-copies // MAX_OPS)
+        for slot in slots:
+            if slot in reads:
+                failed[slot] = BAD_GNTREF if any(self.bad(g) for g, _, _ in self.flying[slot][0]) else 0
+        assert (self.bed.reqs["failed"] == failed).all()
 
     def balance(self) -> None:
         assert self.bed.counts[0]["maps"] == 0
@@ -272,9 +324,9 @@ def test_more_pages_than_a_batch_holds() -> None:
         bed.prepare(slot, whole(*range(n)), to_guest=True)
     bed.acquire([0, 1, 2, 3, 4, 5])
     assert bed.counts[0]["maps"] == 26
-    assert (int(bed.counts[0]["calls"]), int(bed.counts[0]["largest"])) == (5, 8)
-    for slot in (3, 0, 5, 1, 4, 2):
-        bed.release(slot)
+    assert (bed.calls(), int(bed.counts[0]["largest"])) == ({"map": 5, "unmap": 0, "copy": 0}, 8)
+    bed.release(3, 0, 5, 1, 4, 2)
+    assert bed.calls()["unmap"] == 4
     assert not bed.mapped.any()
     bed.check()
 
