@@ -18,7 +18,7 @@ from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache
 from pvdrivers.worker.records import POLICY_PERSISTENT, REQ
 from rings import blkif
 from rings import ring as ringlib
-from rings.jit import JIT, address_of
+from rings.jit import address_of, compile_for
 
 from . import queue
 from .kernels import answer, push_and_notify
@@ -153,10 +153,8 @@ def drop_grants(state: QueueState) -> None:
 
 def warm() -> None:
     """Compile what attaching and detaching call."""
-    if not JIT:
-        return
-    answer.compile("void(int64, int64, int64)")
-    push_and_notify.compile("void(int64, int64)")
-    format_cache.compile("void(int64)")
-    grant_kernels.drop_cache.compile("int64(int64, int64, int64, int64, int64)")
-    ringlib.back_end.compile("int64(int64, int64, int64, int64)")
+    compile_for(answer, 3)
+    compile_for(push_and_notify, 2)
+    compile_for(format_cache, 1)
+    compile_for(grant_kernels.drop_cache, 5)
+    compile_for(ringlib.back_end, 4)

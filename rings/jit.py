@@ -24,8 +24,19 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import config as _config
+from numba.core import sigutils as _sigutils
 
-__all__ = ["JIT", "SEAM", "CacheDirError", "address_of", "cache_dir", "inline", "kernel", "seam_function"]
+__all__ = [
+    "JIT",
+    "SEAM",
+    "CacheDirError",
+    "address_of",
+    "cache_dir",
+    "compile_for",
+    "inline",
+    "kernel",
+    "seam_function",
+]
 
 config: Any = _config
 
@@ -136,6 +147,20 @@ def seam_function(fn: Callable[[int, int, int, int], int]) -> Any:
 def address_of(fn: Any) -> int:
     """The address of a seam function, to be put into a table and called with `rings.atomics.call`."""
     return int(fn.address)
+
+
+def compile_for(fn: Any, arguments: int | str) -> None:
+    """Compile a kernel, or load it from the cache, for so many integers or for "(int64, bool)".
+
+    By types, as kernels that call it do: numba's cache knows a signature in words as another one, and a process that
+    finds the kernel compiled for a caller already would leave nothing there for the words.
+    """
+    if JIT:
+        if isinstance(arguments, int):
+            kinds: Any = (types.int64,) * arguments
+        else:
+            kinds, _ = _sigutils.normalize_signature(arguments)
+        fn.compile(kinds)
 
 
 def compiled_signatures(fn: Any) -> int:

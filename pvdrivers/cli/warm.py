@@ -7,7 +7,7 @@ import importlib
 import time
 from importlib.util import find_spec
 
-_MORE = ("pvdrivers.sim.joined", "pvdrivers.xen", "pvdrivers.frontends.blkfront")
+_MORE = ("pvdrivers.sim.joined", "pvdrivers.xen.joined", "pvdrivers.frontends.blkfront")
 """What has kernels that are compiled when it is imported, or a warm() of its own, and is no device class."""
 
 

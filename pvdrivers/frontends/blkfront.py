@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pvdrivers.platform import Platform
 from pvdrivers.worker.histogram import percentile
 from rings import blkif
-from rings.jit import JIT
+from rings.jit import compile_for
 
 from .blkfront_io import CARRY_DATA, OPERATIONS, Io, Pending, cut, most_bytes, records_of
 from .blkfront_keys import revoked
@@ -286,15 +286,13 @@ def warm(load: bool = True) -> None:
     """Compile all that a disk needs, and its load generator, so that nothing is compiled later. Twice costs nothing."""
     from . import blkfront_kernels
 
-    if not JIT:
-        return
     for name, arguments in blkfront_kernels.ARGUMENTS.items():
-        getattr(blkfront_kernels, name).compile(arguments)
+        compile_for(getattr(blkfront_kernels, name), arguments)
     if load:
         from . import load_kernels
 
         for name, arguments in load_kernels.ARGUMENTS.items():
-            getattr(load_kernels, name).compile(arguments)
+            compile_for(getattr(load_kernels, name), arguments)
 
 
 assert set(CARRY_DATA) < set(OPERATIONS.values())

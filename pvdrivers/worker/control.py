@@ -21,7 +21,7 @@ from pvdrivers.errors import PlatformError, PvError
 from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
-from rings.jit import JIT
+from rings.jit import compile_for
 
 from . import loop
 from .fair import NO_LIMIT
@@ -329,9 +329,7 @@ class WorkerPool:
 
 def warm() -> None:
     """Compile the loop, and what the control threads call."""
-    if not JIT:
-        return
-    loop.run.compile("int64(int64)")
-    enable.compile("int64(int64)")
-    load_word.compile("int64(int64)")
-    store_word.compile("void(int64, int64)")
+    compile_for(loop.run, 1)
+    compile_for(enable, 1)
+    compile_for(load_word, 1)
+    compile_for(store_word, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -117,3 +118,34 @@ def test_nothing_compiles_after_ready(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
                 disk.close()
                 assert again.since() == []
+
+
+WARM_AGAIN = """
+import numba.core.dispatcher as dispatcher
+
+compile_core = dispatcher._FunctionCompiler._compile_core
+
+def spy(self, args, return_type):
+    print("compiled", self.py_func.__module__, self.py_func.__qualname__, args)
+    return compile_core(self, args, return_type)
+
+dispatcher._FunctionCompiler._compile_core = spy
+
+import sys
+from pvdrivers.cli import main
+
+sys.exit(main(["warm"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """What `warm` leaves in the cache is all that the next process asks for."""
+    environment = {**os.environ, "PVDRIVERS_CACHE_DIR": str(tmp_path / "cache")}
+    runs = [
+        subprocess.run([sys.executable, "-c", WARM_AGAIN], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    first, second = (run.stdout.splitlines() for run in runs)
+    assert any(line.startswith("compiled pvdrivers.worker.loop run") for line in first), "the spy sees nothing"
+    assert [line for line in second if line.startswith("compiled")] == []
