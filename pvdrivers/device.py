@@ -266,6 +266,9 @@ class Workers(Protocol):
         Raises PlatformError if a worker has ended.
         """
 
+    def notices(self) -> Sequence[tuple[Any, str]]:
+        """The same for what an operator should hear, while the Device goes on; after alerts()."""
+
 
 @dataclass
 class Context:

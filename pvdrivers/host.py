@@ -170,6 +170,8 @@ class Host:
             life = self.lives.get(_key(device.ident))
             if life is not None and life.device is device:
                 life.fault(violation)
+        for device, text in self.context.workers.notices():
+            log.warning("%s: %s", device.ident, text)
 
     def close(self) -> None:
         """Give back claims and descriptors, after run() and once no signal handler calls here any more.

@@ -31,6 +31,7 @@ COUNTERS = (
     "persistent_held",
     "map_failures",
     "replayed",
+    "fallbacks",
 )
 
 
@@ -85,7 +86,7 @@ def _text(device: dict[str, Any]) -> Iterator[str]:
         yield (
             f"    notifications {q['notify_sent']} sent, {q['notify_saved']} saved, {q['events']} received; grants"
             f" {q['grants_mapped']} mapped, {q['grants_copied']} copied, {q['persistent_hits']} reused,"
-            f" {q['persistent_held']} held, {q['map_failures']} failed"
+            f" {q['persistent_held']} held, {q['map_failures']} failed, {q['fallbacks']} fell back to copy"
         )
         for name, p in q["latency_us"].items():
             yield f"    {name} us: " + ", ".join(f"{label} {value:.1f}" for label, value in p.items())

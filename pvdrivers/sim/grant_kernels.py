@@ -29,6 +29,7 @@ from pvdrivers.syscalls import PROT_NONE, PROT_READ, PROT_READ_WRITE, mprotect, 
 from rings.atomics import (
     compare_exchange32,
     compare_exchange64,
+    fetch_add64,
     fetch_and16,
     load16,
     load32,
@@ -93,6 +94,8 @@ GRANT_CTX = np.dtype(
         ("slots", "i8"),  # u16 for each domid: 1 + index of its FOREIGN record, or 0
         ("foreign", "i8"),  # MOST_FOREIGN records
         ("lock", "i8"),  # strict: held while `shown` and the page protections change
+        ("limit", "i8"),  # tests: pages that may be mapped at once, as Xen's maptrack limits it; 0 any number
+        ("live", "i8"),  # ... and are, by the JIT seam
     ],
     align=True,
 )
@@ -196,7 +199,26 @@ def unpin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-d
     return GNTST_okay
 
 
-_LOCK_OFFSET = 5 * 8  # of GRANT_CTX's `lock`
+_LOCK_OFFSET: int = GRANT_CTX.fields["lock"][1]  # type: ignore[index]
+_LIVE_OFFSET: int = GRANT_CTX.fields["live"][1]  # type: ignore[index]
+
+
+@inline
+def take_handle(ctx_at: int, ctx) -> bool:  # type: ignore[no-untyped-def]
+    """Room for one mapping more; only where a test has set a limit is there ever none."""
+    if ctx["limit"] == 0:
+        return True
+    if i64(fetch_add64(ctx_at + _LIVE_OFFSET, 1)) < ctx["limit"]:
+        return True
+    fetch_add64(ctx_at + _LIVE_OFFSET, -1)
+    return False
+
+
+@inline
+def leave_handle(ctx_at: int, ctx) -> None:  # type: ignore[no-untyped-def]
+    """One mapping less."""
+    if ctx["limit"] != 0:
+        fetch_add64(ctx_at + _LIVE_OFFSET, -1)
 
 
 @inline

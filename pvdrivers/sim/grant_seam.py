@@ -42,8 +42,10 @@ from .grant_kernels import (
     GTF_writing,
     foreign_at,
     hide,
+    leave_handle,
     pin_op,
     show,
+    take_handle,
     unpin,
 )
 
@@ -66,8 +68,13 @@ def map_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
     """Pin a page and say where it is; in strict mode it becomes accessible there."""
     op["address"] = 0
     readonly = np.int64(op["flags"]) & OP_READONLY
+    if not take_handle(ctx_at, ctx):
+        op["handle"] = -1
+        op["status"] = GNTST_no_space
+        return
     slot = pin_op(ctx, op, readonly)
     if slot < 0:
+        leave_handle(ctx_at, ctx)
         return
     f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
     gref = np.int64(op["gref"])
@@ -75,6 +82,7 @@ def map_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
     if ctx["strict"] != 0:
         if show(ctx_at, f, frame, readonly) < 0:
             unpin(ctx, f, gref, readonly)
+            leave_handle(ctx_at, ctx)
             op["handle"] = -1
             op["status"] = GNTST_no_space
             return
@@ -95,8 +103,10 @@ def unmap_handle(ctx_at: int, ctx, handle: int, windows: int) -> int:  # type: i
         return GNTST_bad_handle
     frame = np.int64(load32(f["frames"] + gref * 4))
     status = unpin(ctx, f, gref, readonly)
-    if status == GNTST_okay and windows != 0 and ctx["strict"] != 0:
-        hide(ctx_at, f, frame, readonly)
+    if status == GNTST_okay and windows != 0:
+        leave_handle(ctx_at, ctx)
+        if ctx["strict"] != 0:
+            hide(ctx_at, f, frame, readonly)
     return status
 
 

@@ -45,6 +45,11 @@ MAX_RINGS = 1024
 MAX_PORTS = 131072
 MAX_OPS = 4096
 BUDGET = 32
+LIMIT = (
+    "Xen has no room for more mapped grants (maptrack, GNTST {status}); its requests are copied from now on; raise"
+    " gnttab_max_maptrack_frames on Xen's command line (for a driver domain max_maptrack_frames in its xl"
+    " configuration), or vm.max_map_count if that is what is short, or use policy=copy"
+)
 FAIR_DEPTH = 8
 BLOCKS = 64
 BOUNCE_PAGES = 8192
@@ -272,6 +277,12 @@ class Worker:
                 found.append((handle.device, VIOLATIONS.get(int(handle.record["violation"]), "unknown violation")))
         return found
 
+    def limited(self) -> list[tuple[Any, np.void]]:
+        """Devices with a RING that is copied for want of room in Xen, and that RING."""
+        with self._lock:
+            handles = list(self._handles.values())
+        return [(handle.device, handle.record) for handle in handles if handle.record["limit"]]
+
 
 class WorkerPool:
     """All workers of a process. Implements pvdrivers.device.Workers."""
@@ -324,6 +335,19 @@ class WorkerPool:
             found += worker.alerts()
             if worker.failed:
                 raise PlatformError(worker.failed)
+        return found
+
+    def notices(self) -> Sequence[tuple[Any, str]]:
+        """What happened to devices that go on, since the last call; each once a device, whatever the number of its
+        rings."""
+        found = []
+        rings = [ring for worker in self.workers for ring in worker.limited()]
+        told = {id(device) for device, record in rings if record["limit_told"]}
+        for device, record in rings:
+            record["limit_told"] = 1
+            if id(device) not in told:
+                told.add(id(device))
+                found.append((device, LIMIT.format(status=int(record["limit"]))))
         return found
 
 

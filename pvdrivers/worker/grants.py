@@ -6,7 +6,8 @@ Three policies, the operator's choice per device:
     persistent   keep what was mapped (bounded, least recently used goes first); the frontend reuses its pages
     copy         nothing is ever mapped: data goes through bounce pages of ours by grant copy
 
-A page that cannot be had fails its request alone: REQ.failed.
+A page that cannot be had fails its request alone: REQ.failed. Where Xen has no room for more mappings nothing fails:
+the request is copied, and so is all that its ring takes from then on.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.platform import OP_READONLY, OP_TO_GUEST
+from pvdrivers.platform import OP_READONLY, OP_TO_GUEST, GNTST_no_device_space, GNTST_no_space
 from rings.atomics import copy_bytes, i64, records
 from rings.jit import inline, kernel
 
 from .batch import OP_SIZE, add_copies, add_unmap, copy_batch, map_batch, op_at, segment_at, unmap_batch
-from .marks import req_at, ring_at, stats_at, worker_at
+from .marks import mark_limited, req_at, ring_at, stats_at, worker_at
 from .persistent import cache_at, entry_at, evict, insert, lookup, put_back
-from .pools import pop_bounce, push_block, push_bounce, wake_starved
+from .pools import pop_bounce, push_block, push_bounce, reserve_bounce, wake_starved
 from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
 
 _IOVEC_SIZE = IOVEC.itemsize
@@ -30,6 +31,12 @@ _I8 = np.dtype(np.int64)
 _NO_HANDLE = -1
 _FOREVER = 0x7FFFFFFFFFFFFFFF
 HELD_PERSISTENT = 0x8000  # GRANT_OP.flags: `handle` is an entry of the ring's cache
+
+
+@inline
+def _is_limit(status: int) -> bool:
+    """Xen is out of maptrack (no_space since 4.16, before it no_device_space), or the kernel of what it needs."""
+    return status == GNTST_no_space or status == GNTST_no_device_space
 
 
 @kernel
@@ -57,7 +64,8 @@ def _map_requests(wa: int, first: int, last: int, n: int) -> None:
             if status != 0:
                 mine["handle"] = _NO_HANDLE
                 req["failed"] = status
-                stats["map_failures"] += 1
+                if not _is_limit(status):
+                    stats["map_failures"] += 1
                 continue
             stats["grants_mapped"] += 1
             if ring["policy"] == POLICY_PERSISTENT:
@@ -130,24 +138,66 @@ def _acquire_map(wa: int, n: int) -> None:
     _map_requests(wa, first, n, count)
 
 
+@inline
+def _bounce(wa: int, qa: int, copies: int) -> int:
+    """Bounce pages for one request, one a segment; the data of a write joins the batch. How many are in it now."""
+    req = req_at(qa)
+    for k in range(req["nseg"]):
+        op_at(req["ops"], k)["address"] = pop_bounce(wa)
+    req["bounced"] = req["nseg"]
+    req["held"] = 1
+    return add_copies(wa, qa, copies, 0) if req["to_guest"] == 0 else copies
+
+
 @kernel
 def _acquire_bounce(wa: int, n: int) -> None:
-    """Bounce pages for pass_reqs[:n], one a segment, and for writes the data in them. The pages were reserved."""
+    """Bounce pages for pass_reqs[:n], and for writes the data in them. The pages were reserved."""
     w = worker_at(wa)
     reqs = records(w["pass_reqs"], n, _I8)
     copies = i64(0)
     for i in range(n):
-        req = req_at(reqs[i])
-        if req["nseg"] == 0:
-            continue
-        for k in range(req["nseg"]):
-            op_at(req["ops"], k)["address"] = pop_bounce(wa)
-        req["bounced"] = req["nseg"]
-        req["held"] = 1
-        if req["to_guest"] == 0:
-            copies = add_copies(wa, reqs[i], copies, 0)
+        if req_at(reqs[i])["nseg"] > 0:
+            copies = _bounce(wa, reqs[i], copies)
     copy_batch(wa, copies)
     w["bounce_reserved"] = 0
+
+
+@kernel
+def _fall_back(wa: int, ra: int, n: int) -> None:
+    """Xen had no room to map some of pass_reqs[:n]: these are copied instead, and all that the ring takes after them.
+
+    Without bounce pages for it a request fails. What the ring has in its cache goes, that others have room.
+    """
+    w = worker_at(wa)
+    ring = ring_at(ra)
+    reqs = records(w["pass_reqs"], n, _I8)
+    limit = i64(0)
+    unmaps = i64(0)
+    for i in range(n):
+        req = req_at(reqs[i])
+        if req["nseg"] > 0 and _is_limit(req["failed"]):
+            limit = i64(req["failed"])
+            unmaps = _let_go(wa, reqs[i], unmaps)
+    if limit == 0:
+        return
+    unmap_batch(wa, w["ops"], unmaps)
+    stats = stats_at(ring["stats"])
+    copies = i64(0)
+    for i in range(n):
+        req = req_at(reqs[i])
+        if req["nseg"] == 0 or not _is_limit(req["failed"]):
+            continue
+        if reserve_bounce(wa, req["nseg"]):
+            req["failed"] = 0
+            stats["fallbacks"] += 1
+            copies = _bounce(wa, reqs[i], copies)
+            w["bounce_reserved"] -= req["nseg"]
+        else:
+            stats["map_failures"] += 1
+    copy_batch(wa, copies)
+    ring["policy"] = POLICY_COPY
+    drop_cache(wa, ra, i64(_FOREVER), w["ops"], w["max_ops"])
+    mark_limited(ra, limit)
 
 
 @kernel
@@ -163,9 +213,10 @@ def copy_back(wa: int, qa: int) -> None:
 
 
 @inline
-def _build_iov(qa: int, bounced: bool) -> None:
+def _build_iov(qa: int) -> None:
     """The request's memory as iovecs; neighbours in address become one."""
     req = req_at(qa)
+    bounced = req["bounced"] > 0
     n = i64(0)
     end = i64(-1)
     for k in range(req["nseg"]):
@@ -188,15 +239,15 @@ def acquire(wa: int, ra: int, n: int) -> None:
     """Get the pages of pass_reqs[:n], all of ring `ra`, and build their iovecs. A request with nseg 0 needs none."""
     w = worker_at(wa)
     reqs = records(w["pass_reqs"], n, _I8)
-    copying = ring_at(ra)["policy"] == POLICY_COPY
-    if copying:
+    if ring_at(ra)["policy"] == POLICY_COPY:
         _acquire_bounce(wa, n)
     else:
         _acquire_map(wa, n)
+        _fall_back(wa, ra, n)
     for i in range(n):
         req = req_at(reqs[i])
         if req["nseg"] > 0 and req["failed"] == 0:
-            _build_iov(reqs[i], copying)
+            _build_iov(reqs[i])
 
 
 @inline
@@ -224,11 +275,13 @@ def _let_go(wa: int, qa: int, n: int) -> int:
 
 @kernel
 def release(wa: int, qa: int) -> None:
-    """Let go of the pages of a request and of those that follow by REQ.next: all are unmapped when this returns.
+    """Let go of the pages of a request and of those of its ring that follow by REQ.next.
 
-    What is their own is unmapped, what is the cache's put back; bounce pages and blocks are free again.
+    When this returns what was their own is unmapped, what is the cache's put back; bounce pages and blocks are free.
     """
     w = worker_at(wa)
+    ra = req_at(qa)["ring"]
+    ring = ring_at(ra)
     n = i64(0)
     while qa != 0:
         req = req_at(qa)
@@ -238,6 +291,8 @@ def release(wa: int, qa: int) -> None:
             req["block"] = 0
         qa = req["next"]
     unmap_batch(wa, w["ops"], n)
+    if ring["limit"] != 0 and ring["cache"] != 0 and cache_at(ring["cache"])["used"] > 0:
+        drop_cache(wa, ra, i64(_FOREVER), w["ops"], w["max_ops"])  # these were in use when the others went
     if w["starved"] != 0:
         wake_starved(wa)
 

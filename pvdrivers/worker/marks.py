@@ -115,6 +115,15 @@ def take_done(ra: int) -> int:
 
 
 @kernel
+def mark_limited(ra: int, status: int) -> None:
+    """Xen had no room for a map, GNTST_*: the control thread hears of it, once a ring."""
+    ring = ring_at(ra)
+    if ring["limit"] == 0:
+        ring["limit"] = status
+        eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)
+
+
+@kernel
 def mark_dead(ra: int, violation: int) -> None:
     """The peer broke the protocol: nothing more is taken from this ring, and the control thread hears of it."""
     ring = ring_at(ra)

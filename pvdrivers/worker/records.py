@@ -148,6 +148,8 @@ RING = np.dtype(
         ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
         ("keep_ns", "i8"),  # how long it keeps a page that is not used
         ("purged", "i8"),  # ns: when it last looked for such pages
+        ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
+        ("limit_told", "i8"),  # the control thread has told of it
         ("free", "i8"),  # i4 stack of free record indices
         ("free_n", "i8"),
         ("stats", "i8"),  # address of a STATS
@@ -212,7 +214,8 @@ STATS = np.dtype(
         ("inflight", "u8"),
         ("state", "u8"),  # RING.state, for the reader
         ("nr_ents", "u8"),
-        ("pad", "u8", (7,)),  # to whole cache lines: the next queue may be another worker's
+        ("fallbacks", "u8"),  # requests that were copied as Xen had no room to map their pages
+        ("pad", "u8", (6,)),  # to whole cache lines: the next queue may be another worker's
         ("hist", "u8", (HIST_KINDS, HIST_BUCKETS)),
     ],
     align=True,

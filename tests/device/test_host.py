@@ -31,6 +31,7 @@ class Pool:
     def __init__(self) -> None:
         self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.found: list[tuple[Any, str]] = []
+        self.said: list[tuple[Any, str]] = []
         self.failed = ""
 
     def start(self) -> None: ...
@@ -44,6 +45,10 @@ class Pool:
             raise PlatformError(self.failed)
         found, self.found = self.found, []
         return found
+
+    def notices(self) -> list[tuple[Any, str]]:
+        said, self.said = self.said, []
+        return said
 
     def report(self, device: Any, violation: str) -> None:
         self.found.append((device, violation))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from pvdrivers.platform import (
     GNTST_bad_page,
     GNTST_eagain,
     GNTST_general_error,
+    GNTST_no_space,
     GNTST_okay,
 )
 from pvdrivers.sim import grant_seam, toolstack, wire
+from pvdrivers.sim.grants import SimGrantTable
 from pvdrivers.windows import view
 
 grant_map, grant_unmap = invoke(grant_seam.grant_map), invoke(grant_seam.grant_unmap)
@@ -294,3 +297,26 @@ def test_out_of_grefs(dom0: Any, join: Callable[..., Any]) -> None:
         guest.pages.reserve(1)
     assert guest.pages.end(taken[5])
     assert list(guest.pages.reserve(1)) == [taken[5]]
+
+
+def test_a_limit_of_mappings(dom0: Any, guest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook of docs/testing.md: what fails takes no room, and what is unmapped gives it back; copies need none."""
+    pages = guest.pages.alloc(3)
+    grefs = [guest.pages.grant(frame, 0) for frame in pages.frames]
+    monkeypatch.setenv("PVDRIVERS_TEST_MAPTRACK", "2")
+    table = SimGrantTable(dom0.grants._xen, strict=False)
+    table.prepare(guest.domid)
+    mapper = SimpleNamespace(grants=table)
+    first, second, third = (ops_on(guest, gref) for gref in grefs)
+    wrong = ops_on(guest, 4000)
+    assert do(grant_map, mapper, wrong) == GNTST_general_error
+    assert do(grant_map, mapper, first) == do(grant_map, mapper, second) == GNTST_okay
+    assert do(grant_map, mapper, third) == GNTST_no_space and third["handle"] == -1
+    here = np.zeros(8, np.uint8)
+    copy = ops_on(guest, grefs[2])
+    copy["address"], copy["length"] = here.ctypes.data, 8
+    assert do(grant_copy, mapper, copy) == GNTST_okay
+    assert do(grant_unmap, mapper, first) == GNTST_okay
+    assert do(grant_map, mapper, third) == GNTST_okay
+    assert do(grant_unmap, mapper, third) == do(grant_unmap, mapper, second) == GNTST_okay
+    table.close()

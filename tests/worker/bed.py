@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import weakref
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from pvdrivers.platform import GRANT_OP, OP_READONLY, OP_TO_GUEST, SEAM, GNTST_bad_domain, GNTST_bad_gntref
+from pvdrivers.platform import (
+    GRANT_OP,
+    OP_READONLY,
+    OP_TO_GUEST,
+    SEAM,
+    GNTST_bad_domain,
+    GNTST_bad_gntref,
+    GNTST_no_space,
+)
 from pvdrivers.worker import grants, pools
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache, put_back
 from pvdrivers.worker.records import (
@@ -31,6 +41,8 @@ from tests.rings.guard import Guarded
 
 PAGE = 4096
 DOMID = 7
+BAD_GNTREF = -3
+Segment = tuple[int, int, int]  # gref, offset, length
 HANDLES = 1 << 16
 STALE = 0x5A5A5A5A5A  # what must never be used: the handle and the address of a page that could not be had
 
@@ -49,6 +61,10 @@ COUNTS = np.dtype(
         ("copy_calls", "i8"),
         ("largest", "i8"),  # operations in one call
         ("maps", "i8"),
+        ("room", "i8"),  # pages that may be mapped at once
+        ("live", "i8"),  # ... and are
+        ("no_room", "i8"),  # maps that this has refused
+        ("no_room_status", "i8"),  # ... and how
         ("watch", "i8"),  # address of a u4, or 0: what is there
         ("watched", "i8"),  # ... when something was unmapped last
     ],
@@ -86,6 +102,9 @@ def counting_map(ctx_at: int, ops: int, n: int, c: int) -> int:
     for k in range(n):
         op = records(ops + k * 32, 1, GRANT_OP)[0]
         status = _admit(ctx_at, ops + k * 32)
+        if ctx["live"] >= ctx["room"]:
+            status = i64(ctx["no_room_status"])
+            ctx["no_room"] += 1
         op["status"] = status
         op["handle"], op["address"] = STALE, STALE
         if status != 0:
@@ -99,6 +118,7 @@ def counting_map(ctx_at: int, ops: int, n: int, c: int) -> int:
             records(ctx["readonly"], ctx["n"], _I4)[gref] += 1
         ctx["next"] += 1
         ctx["maps"] += 1
+        ctx["live"] += 1
     return failed
 
 
@@ -123,6 +143,7 @@ def counting_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
             continue
         records(ctx["handles"], HANDLES, _I4)[handle] = 0
         records(ctx["mapped"], ctx["n"], _I4)[held - 1] -= 1
+        ctx["live"] -= 1
     return failed
 
 
@@ -209,7 +230,8 @@ class Bed:
         self.counts = np.zeros(1, COUNTS)
         for name in ("pages", "refused", "mapped", "readonly", "handles"):
             self.counts[0][name] = getattr(self, name).ctypes.data
-        self.counts[0]["n"] = grefs
+        self.counts[0]["n"], self.counts[0]["room"] = grefs, HANDLES
+        self.counts[0]["no_room_status"] = GNTST_no_space
         seam = np.zeros(1, SEAM)
         seam["grant_ctx"] = self.counts.ctypes.data
         for name, fn in (("map", counting_map), ("unmap", counting_unmap), ("copy", counting_copy)):
@@ -233,6 +255,9 @@ class Bed:
         w = self.worker[0]
         w["seam"], w["rings"] = seam.ctypes.data, self.ring.ctypes.data
         w["max_rings"] = w["top_ring"] = 1
+        self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.alert_fd)
+        w["alert_fd"] = self.alert_fd
         self._bytes(self.max_ops * GRANT_OP.itemsize)
         w["ops"], w["max_ops"] = self._keep[-1].address, self.max_ops
         self._bytes(self.max_ops * 8)
@@ -273,7 +298,7 @@ class Bed:
 
     def prepare(self, slot: int, segments: list[tuple[int, int, int]], to_guest: bool, *, block: bool = False) -> bool:
         """Fill in a request as blkback's _prepare and plan do; False if it has to wait for bounce pages."""
-        if self.policy == POLICY_COPY and not reserve(self.wa, self.max_ops):
+        if self.ring[0]["policy"] == POLICY_COPY and not reserve(self.wa, self.max_ops):
             return False
         r = self.reqs[slot]
         r["ring"], r["to_guest"], r["nseg"] = self.ra, to_guest, len(segments)
@@ -307,6 +332,13 @@ class Bed:
 
     def copy_back(self, *slots: int) -> None:
         grants.copy_back(self.wa, self.linked(list(slots)))
+
+    def alerts(self) -> int:
+        """How often the control thread was called since this was asked last."""
+        try:
+            return os.eventfd_read(self.alert_fd)
+        except BlockingIOError:
+            return 0
 
     def calls(self) -> dict[str, int]:
         """Calls of the seam so far."""

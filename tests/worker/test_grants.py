@@ -2,291 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pvdrivers.platform import GRANT_OP
-from pvdrivers.worker import grants
+from pvdrivers.platform import GNTST_no_device_space, GNTST_no_space
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
-from tests.worker.bed import PAGE, Bed, purge
-
-GREFS, SLOTS, MAX_OPS, BOUNCE, BOUND = 12, 8, 8, 20, 6
-BAD_GNTREF = -3
-
-Segment = tuple[int, int, int]
-segment = st.builds(
-    lambda gref, first, last: (gref, first * 512, (max(first, last) - first + 1) * 512),
-    st.integers(0, GREFS),  # the last is none of the guest's
-    st.sampled_from([0, 0, 0, 3, 7]),
-    st.sampled_from([7, 7, 7, 4, 0]),
-)
-request = st.tuples(st.lists(segment, max_size=MAX_OPS), st.booleans(), st.booleans())
-
-
-def merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours in memory as one."""
-    out: list[tuple[int, int]] = []
-    for base, length in parts:
-        if out and out[-1][0] + out[-1][1] == base:
-            out[-1] = (out[-1][0], out[-1][1] + length)
-        else:
-            out.append((base, length))
-    return out
-
-
-def batches(sizes: list[int]) -> int:
-    """How many batches of MAX_OPS hold these requests, in order and each in one."""
-    n = left = 0
-    for size in filter(None, sizes):
-        if size > left:
-            n, left = n + 1, MAX_OPS
-        left -= size
-    return n
-
-
-class Grants(RuleBasedStateMachine):
-    """Requests of one ring, some refused, that come and go in any order."""
-
-    policy = POLICY_MAP
-
-    @initialize()
-    def begin(self) -> None:
-        self.bed = Bed(self.policy, grefs=GREFS, slots=SLOTS, max_ops=MAX_OPS, bounce=BOUNCE, bound=BOUND)
-        self.free = list(range(SLOTS))
-        self.flying: dict[int, tuple[list[Segment], bool]] = {}
-        self.now = 0
-        self.has_block = -1
-
-    @rule(gref=st.integers(0, GREFS - 1), refused=st.booleans())
-    def guest_changes_its_mind(self, gref: int, refused: bool) -> None:
-        self.bed.refused[gref] = BAD_GNTREF if refused else 0
-
-    def bad(self, gref: int) -> bool:
-        return gref >= GREFS or self.bed.refused[gref] != 0
-
-    @rule(requests=st.lists(request, min_size=1, max_size=SLOTS))
-    def a_pass(self, requests: list[tuple[list[Segment], bool, bool]]) -> None:
-        self.now += 1
-        self.bed.worker[0]["now"] = self.now
-        slots = []
-        for segments, to_guest, block in requests[: len(self.free)]:
-            block = block and self.has_block < 0 and self.bed.worker[0]["blocks_n"] == 1
-            if not self.bed.prepare(self.free[-1], segments, to_guest, block=block):
-                break
-            slots.append(self.free.pop())
-            self.has_block = slots[-1] if block else self.has_block
-            self.flying[slots[-1]] = (segments, to_guest)
-        kept = set(self.bed.cached()) if self.policy == POLICY_PERSISTENT else set()
-        before = self.bed.calls()
-        self.bed.acquire(slots)
-        self.look_at(slots, kept)
-        self.took_calls(slots, {kind: n - before[kind] for kind, n in self.bed.calls().items()}, kept)
-
-    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
-        """What it took: a request's pages are in one batch, and no batch is left half empty for nothing."""
-        assert calls == {"map": batches([len(self.flying[s][0]) for s in slots]), "unmap": 0, "copy": 0}
-
-    def look_at(self, slots: list[int], kept: set[int]) -> None:
-        for slot in slots:
-            segments, to_guest = self.flying[slot]
-            lacking = [g for g, _, _ in segments if self.bad(g) and g not in kept]
-            if self.policy == POLICY_COPY and to_guest:
-                lacking = []  # not looked at before there is something to copy
-            failed = bool(self.bed.reqs[slot]["failed"] != 0)
-            assert failed or not lacking
-            # A pass that does not fit into one batch: what an earlier batch mapped may have made a page go that was
-            # kept until then, and the guest refuses to give it again.
-            assert not failed or any(self.bad(g) for g, _, _ in segments)
-            if not failed:
-                self.usable(slot)
-
-    def usable(self, slot: int) -> None:
-        """The iovecs are the guest's pages, in order."""
-        segments, _ = self.flying[slot]
-        start = self.bed.pages.ctypes.data
-        assert self.bed.iovecs(slot) == merged([(start + g * PAGE + at, n) for g, at, n in segments])
-
-    @precondition(lambda self: self.flying)
-    @rule(data=st.data())
-    def some_end(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.lists(st.sampled_from(sorted(self.flying)), min_size=1, unique=True)))
-
-    def end(self, slots: list[int]) -> None:
-        own = sum(self.own_pages(slot) for slot in slots)
-        before = self.bed.calls()["unmap"]
-        self.bed.release(*slots)
-        assert self.bed.calls()["unmap"] - before == -(-own // MAX_OPS), "one call for all of them, or few full ones"
-        for slot in slots:
-            assert self.bed.reqs[slot]["held"] == 0 and self.bed.reqs[slot]["block"] == 0
-            if slot == self.has_block:
-                self.has_block = -1
-            del self.flying[slot]
-            self.free.append(slot)
-
-    def own_pages(self, slot: int) -> int:
-        """Pages that are mapped for this request alone."""
-        return sum(handle != -1 for handle in self.handles(slot, len(self.flying[slot][0])))
-
-    def expected(self) -> np.ndarray:
-        """How often each page should be mapped now."""
-        want = np.zeros(GREFS, np.int32)
-        for slot, (segments, _) in self.flying.items():
-            handles = self.handles(slot, len(segments))
-            for (gref, _, _), handle in zip(segments, handles):
-                if handle != -1:
-                    want[gref] += 1
-        return want
-
-    def ops(self, slot: int, n: int) -> np.ndarray:
-        """How each page of a request is held."""
-        if slot != self.has_block:
-            return self.bed.held[slot][:n]
-        at = int(self.bed.reqs[slot]["ops"]) - self.bed.block.ctypes.data
-        return self.bed.block[at : at + 32 * n].view(GRANT_OP)
-
-    def handles(self, slot: int, n: int) -> list[int]:
-        return [int(op["handle"]) for op in self.ops(slot, n)]
-
-    @invariant()
-    def nothing_is_undone_twice(self) -> None:
-        if hasattr(self, "bed"):
-            self.bed.check()
-            self.balance()
-            assert self.bed.worker[0]["blocks_n"] == (1 if self.has_block < 0 else 0)
-
-    def balance(self) -> None:
-        assert (self.bed.mapped == self.expected()).all()
-
-    def teardown(self) -> None:
-        if hasattr(self, "bed"):
-            if self.flying:
-                self.end(list(self.flying))
-            self.bed.check()
-            self.at_rest()
-
-    def at_rest(self) -> None:
-        assert not self.bed.mapped.any()
-        assert int(self.bed.stats[0]["grants_mapped"]) == self.bed.counts[0]["maps"]
-
-
-class Persistent(Grants):
-    """What was mapped stays, up to a bound."""
-
-    policy = POLICY_PERSISTENT
-
-    def balance(self) -> None:
-        cached = self.bed.cached()
-        assert len(cached) <= BOUND
-        assert int(self.bed.stats[0]["persistent_held"]) == len(cached)
-        assert all(self.bed.mapped[g] >= 1 for g in cached)
-        users = sum(cached.values())
-        own = int(self.bed.mapped.sum()) - len(cached)
-        good = sum(h != -1 for s, (segments, _) in self.flying.items() for h in self.handles(s, len(segments)))
-        assert users + own == good
-        assert not self.bed.readonly.any()  # a page is for reading and writing, whoever comes first
-
-    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
-        """Pages that are kept need none; what goes to make room, at most one a batch."""
-        missed = [sum(gref not in kept for gref, _, _ in self.flying[slot][0]) for slot in slots]
-        assert calls["copy"] == 0
-        assert calls["map"] <= batches([len(self.flying[s][0]) for s in slots])
-        assert (calls["map"] > 0) == (sum(missed) > 0)
-        assert calls["unmap"] <= calls["map"]
-
-    def own_pages(self, slot: int) -> int:
-        held = self.ops(slot, len(self.flying[slot][0]))
-        return sum(op["handle"] != -1 and not op["flags"] & grants.HELD_PERSISTENT for op in held)
-
-    @rule(age=st.integers(0, 3), room=st.integers(1, BOUND + 1))
-    def idle_pages_go(self, age: int, room: int) -> None:
-        ops = np.zeros(room, GRANT_OP)
-        before, calls = self.bed.cached(), self.bed.calls()["unmap"]
-        n = int(grants.drop_cache(self.bed.wa, self.bed.ra, self.now - age, ops.ctypes.data, room))
-        after = self.bed.cached()
-        assert len(before) - len(after) == n
-        assert self.bed.calls()["unmap"] - calls == -(-n // room)
-        assert all(users == 0 for gref, users in before.items() if gref not in after)
-
-    def at_rest(self) -> None:
-        cached = self.bed.cached()
-        assert not any(cached.values())
-        assert [int(g) for g in np.flatnonzero(self.bed.mapped)] == sorted(cached)
-        assert self.bed.mapped.max(initial=0) <= 1
-        op = np.zeros(1, GRANT_OP)
-        assert int(grants.drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data, 1)) == len(cached)
-        assert not self.bed.mapped.any()
-        self.bed.check()
-
-
-class Copy(Grants):
-    """Nothing is ever mapped."""
-
-    policy = POLICY_COPY
-
-    def usable(self, slot: int) -> None:
-        segments, to_guest = self.flying[slot]
-        places = [int(op["address"]) for op in self.ops(slot, len(segments))]
-        assert self.bed.iovecs(slot) == merged([(at, n) for at, (_, _, n) in zip(places, segments)])
-        if not to_guest:
-            for at, (gref, offset, n) in zip(places, segments):
-                index = at - self.bed.bounce.ctypes.data
-                assert (self.bed.bounce[index : index + n] == self.bed.pages[gref, offset : offset + n]).all()
-
-    def took_calls(self, slots: list[int], calls: dict[str, int], kept: set[int]) -> None:
-        """All writes of a pass are one stream of copies."""
-        writes = sum(len(segments) for segments, to_guest in map(self.flying.__getitem__, slots) if not to_guest)
-        assert calls == {"map": 0, "unmap": 0, "copy": -(-writes // MAX_OPS)}
-
-    def own_pages(self, slot: int) -> int:
-        return 0
-
-    def end(self, slots: list[int]) -> None:
-        self.read_back(slots)
-        super().end(slots)
-
-    def read_back(self, slots: list[int]) -> None:
-        """The data of reads: into the guest's pages, and nowhere beside them. The store may have failed, too."""
-        want = self.bed.pages.copy()
-        reads, copies = [], 0
-        for slot in slots:
-            segments, to_guest = self.flying[slot]
-            self.bed.reqs[slot]["res"] = -5 if slot % 4 == 3 else 0
-            if not to_guest or slot % 4 == 3:
-                continue
-            reads.append(slot)
-            for k, (op, (gref, offset, n)) in enumerate(zip(self.ops(slot, len(segments)), segments)):
-                index = int(op["address"]) - self.bed.bounce.ctypes.data
-                self.bed.bounce[index : index + n] = 100 + 8 * slot + k
-                copies += 1
-                if not self.bad(gref):
-                    want[gref, offset : offset + n] = 100 + 8 * slot + k
-        before, failed = self.bed.calls()["copy"], self.bed.reqs["failed"].copy()
-        self.bed.copy_back(*slots)
-        assert (self.bed.pages == want).all()
-        assert self.bed.calls()["copy"] - before == -(-copies // MAX_OPS)
-        for slot in slots:
-            if slot in reads:
-                failed[slot] = BAD_GNTREF if any(self.bad(g) for g, _, _ in self.flying[slot][0]) else 0
-        assert (self.bed.reqs["failed"] == failed).all()
-
-    def balance(self) -> None:
-        assert self.bed.counts[0]["maps"] == 0
-        places = [int(op["address"]) for s, (segs, _) in self.flying.items() for op in self.ops(s, len(segs))]
-        assert len(set(places)) == len(places)
-        assert self.bed.worker[0]["bounce_n"] == BOUNCE - len(places)
-        assert self.bed.worker[0]["bounce_reserved"] == 0
-
-    def at_rest(self) -> None:
-        assert self.bed.worker[0]["bounce_n"] == BOUNCE
-
-
-TestMap = Grants.TestCase
-TestPersistent = Persistent.TestCase
-TestCopy = Copy.TestCase
-TestMap.settings = TestPersistent.settings = TestCopy.settings = settings(stateful_step_count=25)
+from tests.worker.bed import BAD_GNTREF, PAGE, Bed, Segment, purge
 
 
 def whole(*grefs: int) -> list[Segment]:
@@ -393,4 +113,42 @@ def test_a_page_named_twice_makes_no_other_go() -> None:
         bed.acquire([0])
         bed.release(0)
     assert set(bed.cached()) == {0, 1} and bed.stats[0]["persistent_held"] == 2
+    bed.check()
+
+
+@pytest.mark.parametrize("policy", [POLICY_MAP, POLICY_PERSISTENT])
+@pytest.mark.parametrize("status", [GNTST_no_space, GNTST_no_device_space])
+def test_no_room_in_xen(policy: int, status: int) -> None:
+    """Two of three requests are carried by bounce pages; for the third there are none."""
+    bed = Bed(policy, bounce=5)
+    bed.counts[0]["room"], bed.counts[0]["no_room_status"] = 1, status
+    for slot, (segments, to_guest) in enumerate([(whole(0, 1), True), (whole(2, 3), False), (whole(4, 5), True)]):
+        assert bed.prepare(slot, segments, to_guest)
+    bed.acquire([0, 1, 2])
+    assert bed.reqs["failed"][:3].tolist() == [0, 0, status]
+    assert bed.reqs["bounced"][:3].tolist() == [2, 2, 0]
+    assert not bed.mapped.any(), "what was mapped is given back"
+    stats, ring = bed.stats[0], bed.ring[0]
+    assert (int(stats["fallbacks"]), int(stats["map_failures"])) == (2, 1)
+    assert bed.calls() == {"map": 1, "unmap": 1, "copy": 1}
+    assert (int(ring["policy"]), int(ring["limit"]), bed.alerts()) == (POLICY_COPY, status, 1)
+    bed.release(0, 1, 2)
+    assert bed.worker[0]["bounce_n"] == 5
+    bed.check()
+
+
+def test_a_cache_goes_when_there_is_no_room() -> None:
+    """At once, but for pages in use, and these with the last request that uses them."""
+    bed = Bed(POLICY_PERSISTENT, bounce=64)
+    bed.prepare(0, whole(0, 1), to_guest=True)
+    bed.prepare(1, whole(1, 2), to_guest=True)
+    bed.acquire([0, 1])
+    bed.release(1)
+    bed.counts[0]["room"] = 3
+    bed.prepare(2, whole(4), to_guest=False)
+    bed.acquire([2])
+    assert bed.cached() == {1: 1, 0: 1} and int(bed.stats[0]["persistent_held"]) == 2
+    assert bed.iovecs(0) == [(bed.pages.ctypes.data, 2 * PAGE)], "it goes on with what it has"
+    bed.release(2, 0)
+    assert bed.cached() == {} and not bed.mapped.any() and int(bed.stats[0]["persistent_held"]) == 0
     bed.check()
