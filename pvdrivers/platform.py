@@ -102,7 +102,11 @@ class GuestPages(Protocol):
     """The granting side: what a frontend needs."""
 
     dynamic: bool
-    """True if SEAM.offer_grant works: any page to any gref at any time (the embedded Xen; not gntalloc)."""
+    """True if SEAM.offer_grant works: any page to any gref at any time (the embedded Xen; not gntalloc). Without it a
+    page has one grant at a time."""
+    sees_mappings: bool
+    """Whether end() can tell that a page is still mapped (the embedded Xen; not gntalloc, whose kernel looks after
+    such a page until it is not)."""
 
     def alloc(self, count: int) -> Pages:
         """`count` zeroed pages, contiguous in our address space. Raises PlatformError when there is no room."""

@@ -45,6 +45,7 @@ class SimGuestPages:
     """Implements platform.GuestPages; `ctx` is the context of offer_grant and offer_end."""
 
     dynamic = True
+    sees_mappings = True
 
     def __init__(self, hypercalls: Hypercalls, memory_fd: int, grants_fd: int) -> None:
         self._xen = hypercalls

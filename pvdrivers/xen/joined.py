@@ -63,13 +63,14 @@ class XenPlatform:
     def domain_uuid(self, domid: int) -> str:
         """The uuid of a domain, "" if it is gone. In a driver domain, which may not read it, something else that is
         the same for as long as the guest lives."""
+        home = f"/local/domain/{domid}"
         try:
-            vm = self.store.read(f"/local/domain/{domid}/vm")
+            vm = self.store.read(home + "/vm")
+            if vm is None and self.store.read(home) is None:
+                return ""
         except PermissionError:
             vm = b""
-        if vm is None:
-            return ""
-        uuid = vm.rpartition(b"/")[2].decode("ascii", "replace")
+        uuid = (vm or b"").rpartition(b"/")[2].decode("ascii", "replace")  # dom0 may have none
         return uuid or f"domain-{domid}"  # ids of domains are not used again within 32,752 of them
 
     def close(self) -> None:

@@ -67,6 +67,7 @@ class XenGuestPages:
     """Implements platform.GuestPages."""
 
     dynamic = False
+    sees_mappings = False
 
     def __init__(self) -> None:
         self._fd = -1

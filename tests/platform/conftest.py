@@ -45,6 +45,17 @@ class Bed:
         return ops
 
 
+def assert_held(bed: Bed, gref: int) -> None:
+    """Somebody has the page of this grant mapped; the granter is told of it where that can be known."""
+    if bed.front.pages.sees_mappings:
+        assert not bed.front.pages.end(gref)
+
+
+def own_grant(bed: Bed, domid: int, *, readonly: bool = False) -> int:
+    """A grant of a page of its own: not every platform grants a page twice."""
+    return int(bed.front.pages.grant(bed.front.pages.alloc(1).frames[0], domid, readonly=readonly))
+
+
 def seam_call(seam: np.ndarray, name: str, a: int = 0, b: int = 0, c: int = 0) -> int:
     """Call one function of a SEAM by its address."""
     ctx = str(name).split("_")[0] + "_ctx"

@@ -17,7 +17,7 @@ from pvdrivers.platform import (
     GNTST_bad_domain,
     GNTST_okay,
 )
-from tests.platform.conftest import Bed, seam_call
+from tests.platform.conftest import Bed, assert_held, own_grant, seam_call
 
 PAGE = 4096
 EBUSY = 16
@@ -56,7 +56,7 @@ def test_map_and_unmap(ends: Ends) -> None:
         assert (ops["status"] == GNTST_okay).all()
         for i in range(8):
             assert ctypes.string_at(int(ops["address"][i]), PAGE) == bytes([65 + i]) * PAGE
-            assert not ends.bed.front.pages.end(ends.grefs[i])
+            assert_held(ends.bed, ends.grefs[i])
         assert ends.run("grant_unmap", ops) == 0
     assert all(ends.bed.front.pages.end(gref) for gref in ends.grefs)
 
@@ -70,7 +70,7 @@ def test_what_the_mapper_writes_the_granter_reads(ends: Ends) -> None:
 
 
 def test_each_operation_has_its_own_status(ends: Ends) -> None:
-    other = ends.bed.front.pages.grant(ends.pages.frames[0], ends.bed.back.domid + 17)
+    other = own_grant(ends.bed, ends.bed.back.domid + 17)
     ops = ends.bed.ops([ends.grefs[0], NO_GREF, ends.grefs[1], other])
     assert ends.run("grant_map", ops) == 2
     assert [int(s) == GNTST_okay for s in ops["status"]] == [True, False, True, False]
@@ -94,7 +94,7 @@ def test_nonsense_handles(ends: Ends) -> None:
 
 
 def test_read_only_grant(ends: Ends) -> None:
-    gref = ends.bed.front.pages.grant(ends.pages.frames[0], ends.bed.back.domid, readonly=True)
+    gref = own_grant(ends.bed, ends.bed.back.domid, readonly=True)
     assert ends.run("grant_map", ends.bed.ops([gref])) == 1
     ops = ends.bed.ops([gref], flags=OP_READONLY)
     assert ends.run("grant_map", ops) == 0
@@ -133,7 +133,7 @@ def test_a_copy_stays_within_the_page(ends: Ends) -> None:
 
 
 def test_a_copy_into_a_read_only_page_is_refused(ends: Ends) -> None:
-    gref = ends.bed.front.pages.grant(ends.pages.frames[0], ends.bed.back.domid, readonly=True)
+    gref = own_grant(ends.bed, ends.bed.back.domid, readonly=True)
     local = ctypes.create_string_buffer(16)
     ops = ends.bed.ops([gref], address=ctypes.addressof(local), length=16, flags=OP_TO_GUEST)
     assert ends.run("grant_copy", ops) == 1
@@ -205,7 +205,7 @@ def test_an_event_is_masked_until_it_is_unmasked(ends: Ends) -> None:
     waiter.epoll.close()
 
 
-def test_many_notifications_are_one_event(ends: Ends) -> None:
+def test_many_notifications_are_an_event_or_two(ends: Ends) -> None:
     theirs, ours = connected(ends)
     waiter = Waiter(ends.back, ends.back_events, [ours])
     waiter.taken(5)
@@ -214,6 +214,9 @@ def test_many_notifications_are_one_event(ends: Ends) -> None:
         assert seam_call(ends.front, "event_notify", theirs) == 0
     assert waiter.taken(5) == [ours]
     seam_call(ends.back, "event_unmask", ours)
+    # Xen delivers the first at once, and all that come while it is masked are one more.
+    if waiter.taken(0.05) == [ours]:
+        seam_call(ends.back, "event_unmask", ours)
     assert waiter.taken(0.05) == []
     waiter.epoll.close()
 
