@@ -11,7 +11,7 @@ from pvdrivers.errors import ProtocolViolation
 from pvdrivers.platform import GRANT_OP
 from pvdrivers.storage.store import STORE_FILE, Store
 from pvdrivers.storage.uri import DiskSpec
-from pvdrivers.worker import grants as grant_kernels
+from pvdrivers.worker.cache import drop_cache
 from pvdrivers.worker.control import Memory
 from pvdrivers.worker.journal import FREE, JOURNAL_RECORD
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache
@@ -148,7 +148,7 @@ def drop_grants(state: QueueState) -> None:
     """Unmap what the ring kept mapped. The worker no longer serves it."""
     if state.handle is not None and int(state.handle.record["cache"]):
         ops = np.zeros(PERSISTENT_BOUND, GRANT_OP)
-        grant_kernels.drop_cache(state.worker.address, state.handle.address, FOREVER, ops.ctypes.data, len(ops))
+        drop_cache(state.worker.address, state.handle.address, FOREVER, ops.ctypes.data, len(ops))
 
 
 def warm() -> None:
@@ -156,5 +156,5 @@ def warm() -> None:
     compile_for(answer, 3)
     compile_for(push_and_notify, 2)
     compile_for(format_cache, 1)
-    compile_for(grant_kernels.drop_cache, 5)
+    compile_for(drop_cache, 5)
     compile_for(ringlib.back_end, 4)

@@ -11,8 +11,9 @@ from errno import EOPNOTSUPP
 import numpy as np
 
 from pvdrivers.storage.uring import submit
+from pvdrivers.worker.cache import purge_cache
 from pvdrivers.worker.events import notify as notify_guest
-from pvdrivers.worker.grants import acquire, copy_back, purge_cache, release
+from pvdrivers.worker.grants import acquire, copy_back, release
 from pvdrivers.worker.histogram import bucket_of
 from pvdrivers.worker.journal import (
     STEP_COMPLETED,

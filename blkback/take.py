@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvdrivers.platform import SEAM
 from pvdrivers.worker.batch import op_at
 from pvdrivers.worker.fair import allowance, note_taken
+from pvdrivers.worker.fetch import fetch
 from pvdrivers.worker.journal import (
     PAYLOAD_AT,
     STEP_CONSUMED,
@@ -21,7 +21,7 @@ from pvdrivers.worker.journal import (
 from pvdrivers.worker.marks import mark_dead, req_at, ring_at, stats_at, worker_at
 from pvdrivers.worker.pools import pop_block, reserve_bounce
 from pvdrivers.worker.records import BLOCK_IOV_AT, BLOCK_OPS_AT, POLICY_COPY, V_OVERFLOW
-from rings.atomics import call, copy_in, i64, records
+from rings.atomics import copy_in, i64, records
 from rings.blkif import ABI_64, ENTRY_SIZE_32, ENTRY_SIZE_64, INDIRECT_64, OP_INDIRECT, to_native
 from rings.jit import inline, kernel
 from rings.ring import CORRUPT, RING_END, available, slot
@@ -159,10 +159,9 @@ def take(wa: int, ra: int, budget: int) -> int:
 
 @kernel
 def fetch_indirect(wa: int, ra: int, n: int) -> None:
-    """Copy the indirect pages of this pass, in one call, and check the segments in the copies."""
+    """Read the indirect pages of this pass, all at once, and check the segments in what was read."""
     w = worker_at(wa)
     ring = ring_at(ra)
-    seam = records(w["seam"], 1, SEAM)[0]
     reqs = records(w["pass_reqs"], n, _I8)
     ops = i64(0)
     for i in range(n):
@@ -183,8 +182,7 @@ def fetch_indirect(wa: int, ra: int, n: int) -> None:
             ops += 1
     if ops == 0:
         return
-    call(seam["grant_copy"], seam["grant_ctx"], w["ops"], ops, 0)
-    stats_at(ring["stats"])["grants_copied"] += ops
+    fetch(wa, ra, ops)
     at = i64(0)
     for i in range(n):
         blk = blk_at(reqs[i])

@@ -12,8 +12,6 @@ the request is copied, and so is all that its ring takes from then on.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pvdrivers.platform import OP_READONLY, OP_TO_GUEST, GNTST_no_device_space, GNTST_no_space
@@ -21,16 +19,14 @@ from rings.atomics import copy_bytes, i64, records
 from rings.jit import inline, kernel
 
 from .batch import OP_SIZE, add_copies, add_unmap, copy_batch, map_batch, op_at, segment_at, unmap_batch
+from .cache import FOREVER, HELD_PERSISTENT, NO_HANDLE, drop_cache, keep
 from .marks import mark_limited, req_at, ring_at, stats_at, worker_at
-from .persistent import cache_at, entry_at, evict, insert, lookup, put_back
+from .persistent import cache_at, entry_at, lookup, put_back
 from .pools import pop_bounce, push_block, push_bounce, reserve_bounce, wake_starved
 from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
 
 _IOVEC_SIZE = IOVEC.itemsize
 _I8 = np.dtype(np.int64)
-_NO_HANDLE = -1
-_FOREVER = 0x7FFFFFFFFFFFFFFF
-HELD_PERSISTENT = 0x8000  # GRANT_OP.flags: `handle` is an entry of the ring's cache
 
 
 @inline
@@ -62,43 +58,18 @@ def _map_requests(wa: int, first: int, last: int, n: int) -> None:
             at += 1
             status = i64(mine["status"])
             if status != 0:
-                mine["handle"] = _NO_HANDLE
+                mine["handle"] = NO_HANDLE
                 req["failed"] = status
                 if not _is_limit(status):
                     stats["map_failures"] += 1
                 continue
             stats["grants_mapped"] += 1
             if ring["policy"] == POLICY_PERSISTENT:
-                old = _keep(wa, ra, mine)
-                if old != _NO_HANDLE:
+                old = keep(wa, ra, mine)
+                if old != NO_HANDLE:
                     op_at(w["ops"], evicted)["handle"] = old
                     evicted += 1
     unmap_batch(wa, w["ops"], evicted)
-
-
-@inline
-def _keep(wa: int, ra: int, op: Any) -> int:
-    """Put a page just mapped into the ring's cache. If all there are in use it stays the request's own.
-
-    The handle of a page that had to go for it, for the caller to unmap, or _NO_HANDLE.
-    """
-    ring = ring_at(ra)
-    ca = ring["cache"]
-    now = worker_at(wa)["now"]
-    old = i64(_NO_HANDLE)
-    # The same gref twice in one pass was missed twice: the second stays the request's own.
-    entry = lookup(ca, i64(op["gref"]), now)
-    if entry >= 0:
-        put_back(ca, entry)
-        return old
-    if cache_at(ca)["free"] < 0:
-        old = evict(ca, i64(_FOREVER))
-    entry = insert(ca, i64(op["gref"]), op["address"], op["handle"], now)
-    if entry >= 0:
-        op["handle"] = entry
-        op["flags"] |= HELD_PERSISTENT
-    stats_at(ring["stats"])["persistent_held"] = cache_at(ca)["used"]
-    return old
 
 
 @kernel
@@ -196,7 +167,7 @@ def _fall_back(wa: int, ra: int, n: int) -> None:
             stats["map_failures"] += 1
     copy_batch(wa, copies)
     ring["policy"] = POLICY_COPY
-    drop_cache(wa, ra, i64(_FOREVER), w["ops"], w["max_ops"])
+    drop_cache(wa, ra, i64(FOREVER), w["ops"], w["max_ops"])
     mark_limited(ra, limit)
 
 
@@ -268,7 +239,7 @@ def _let_go(wa: int, qa: int, n: int) -> int:
         op = op_at(req["ops"], k)
         if op["flags"] & HELD_PERSISTENT != 0:
             put_back(ca, op["handle"])
-        elif op["handle"] != _NO_HANDLE:
+        elif op["handle"] != NO_HANDLE:
             n = add_unmap(wa, w["ops"], w["max_ops"], n, op["handle"])
     return n
 
@@ -292,38 +263,6 @@ def release(wa: int, qa: int) -> None:
         qa = req["next"]
     unmap_batch(wa, w["ops"], n)
     if ring["limit"] != 0 and ring["cache"] != 0 and cache_at(ring["cache"])["used"] > 0:
-        drop_cache(wa, ra, i64(_FOREVER), w["ops"], w["max_ops"])  # these were in use when the others went
+        drop_cache(wa, ra, i64(FOREVER), w["ops"], w["max_ops"])  # these were in use when the others went
     if w["starved"] != 0:
         wake_starved(wa)
-
-
-@kernel
-def drop_cache(wa: int, ra: int, not_used_since: int, ops: int, most: int) -> int:
-    """Unmap the ring's persistent pages last used before that (ns), but for those in use; how many.
-
-    `ops` is the address of GRANT_OP[most] to work with: the worker's own, or the control thread's.
-    """
-    ca = ring_at(ra)["cache"]
-    dropped = i64(0)
-    if ca == 0:
-        return dropped
-    n = i64(0)
-    while True:
-        handle = evict(ca, not_used_since)
-        if handle < 0:
-            break
-        n = add_unmap(wa, ops, most, n, handle)
-        dropped += 1
-    unmap_batch(wa, ops, n)
-    stats_at(ring_at(ra)["stats"])["persistent_held"] = cache_at(ca)["used"]
-    return dropped
-
-
-@inline
-def purge_cache(wa: int, ra: int) -> None:
-    """Once a second at most: let go of persistent pages that were not used for a while (Linux: 60 s)."""
-    w = worker_at(wa)
-    ring = ring_at(ra)
-    if ring["cache"] != 0 and w["now"] - ring["purged"] > 1_000_000_000:
-        ring["purged"] = w["now"]
-        drop_cache(wa, ra, w["now"] - ring["keep_ns"], w["ops"], w["max_ops"])

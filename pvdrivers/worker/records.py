@@ -147,6 +147,7 @@ RING = np.dtype(
         ("policy", "i8"),  # POLICY_*
         ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
         ("keep_ns", "i8"),  # how long it keeps a page that is not used
+        ("fetch_copies", "i8"),  # what is read once is copied: to map the pages did not do
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
         ("limit_told", "i8"),  # the control thread has told of it

@@ -20,6 +20,7 @@ from pvdrivers.platform import (
     GNTST_no_space,
 )
 from pvdrivers.worker import grants, pools
+from pvdrivers.worker.cache import purge_cache
 from pvdrivers.worker.persistent import ENTRY, PERSISTENT_CACHE, format_cache, put_back
 from pvdrivers.worker.records import (
     BLOCK_IOV_AT,
@@ -186,7 +187,7 @@ def give_back(ca: int, index: int) -> None:
 
 @kernel
 def purge(wa: int, ra: int) -> None:
-    grants.purge_cache(wa, ra)
+    purge_cache(wa, ra)
 
 
 def new_cache(bound: int, heads: int) -> tuple[np.ndarray, list[Guarded]]:
@@ -260,6 +261,7 @@ class Bed:
         w["alert_fd"] = self.alert_fd
         self._bytes(self.max_ops * GRANT_OP.itemsize)
         w["ops"], w["max_ops"] = self._keep[-1].address, self.max_ops
+        self.batch = self._keep[-1].bytes
         self._bytes(self.max_ops * 8)
         w["owners"] = self._keep[-1].address
         self._bytes(slots * 8)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pvdrivers.platform import GRANT_OP
-from pvdrivers.worker import grants
+from pvdrivers.worker.cache import HELD_PERSISTENT, drop_cache
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
 from tests.worker.bed import BAD_GNTREF, PAGE, Bed, Segment
 
@@ -197,13 +197,13 @@ class Persistent(Grants):
 
     def own_pages(self, slot: int) -> int:
         held = self.ops(slot, len(self.flying[slot][0]))
-        return sum(op["handle"] != -1 and not op["flags"] & grants.HELD_PERSISTENT for op in held)
+        return sum(op["handle"] != -1 and not op["flags"] & HELD_PERSISTENT for op in held)
 
     @rule(age=st.integers(0, 3), room=st.integers(1, BOUND + 1))
     def idle_pages_go(self, age: int, room: int) -> None:
         ops = np.zeros(room, GRANT_OP)
         before, calls = self.bed.cached(), self.bed.calls()["unmap"]
-        n = int(grants.drop_cache(self.bed.wa, self.bed.ra, self.now - age, ops.ctypes.data, room))
+        n = int(drop_cache(self.bed.wa, self.bed.ra, self.now - age, ops.ctypes.data, room))
         after = self.bed.cached()
         assert len(before) - len(after) == n
         assert self.bed.calls()["unmap"] - calls == -(-n // room)
@@ -215,7 +215,7 @@ class Persistent(Grants):
         assert [int(g) for g in np.flatnonzero(self.bed.mapped)] == sorted(cached)
         assert self.bed.mapped.max(initial=0) <= 1
         op = np.zeros(1, GRANT_OP)
-        assert int(grants.drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data, 1)) == len(cached)
+        assert int(drop_cache(self.bed.wa, self.bed.ra, 1 << 62, op.ctypes.data, 1)) == len(cached)
         assert not self.bed.mapped.any()
         self.bed.check()
 
