@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverable, Publish
-from pvdrivers.errors import PvError
+from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverable, NotYet, Publish
+from pvdrivers.errors import DeviceBusyError, PvError
 from pvdrivers.journal import Journal
 from pvdrivers.stats import StatsFile
 from pvdrivers.storage.store import Store, open_store
-from pvdrivers.storage.uri import DiskSpec, parse_xl
+from pvdrivers.storage.uri import DiskSpec
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
 from pvdrivers.xenbus import XenbusState
 from rings import blkif
 
 from .attach import attach_queue, detach_queue, drop_grants, format_disk
+from .params import disk_of, script_of
 from .records import DISK, MAX_QUEUES, disk_policy
+from .sharing import migrates_from
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class BlkBackend(Device):
         self.disk = np.zeros(1, DISK)
         self.queues: list[QueueState] = []
         self.policy = POLICY_MAP
+        self._recover = False
 
     @property
     def journal_path(self) -> Path:
@@ -114,26 +117,53 @@ class BlkBackend(Device):
         return self.context.run_dir / "journal" / f"{self.ident.backend_domid}-{self.ident}"
 
     def advertise(self) -> Publish:
-        """Open the store; what blkif.h wants to see before InitWait."""
-        keys = self.params
-        mode = keys.str_key("mode", "w")
-        spec = parse_xl(keys.str_key("params", None, max_length=4096), mode, keys.str_key("device-type", "disk"))
-        if self.store is None:
-            self.store = open_store(
-                spec,
-                run_dir=self.context.run_dir,
-                identity=f"{self.ident.backend_domid}-{self.ident}",
-                recover=self._served_before(),
-            )
-            log.info("%s: %s", self.ident, self.store.describe())
-        self.spec = spec
+        """Open the store; what blkif.h wants to see before InitWait.
+
+        Two kinds of disk are opened by connect(): one whose hotplug script runs after InitWait, and one that the domain
+        which this guest migrates from still has.
+        """
+        spec = disk_of(self.params)
+        self._recover = self._served_before()
+        if self.store is None and spec is not None:
+            try:
+                self._open(spec)
+            except DeviceBusyError:
+                domid = migrates_from(self.context.platform.store, self.ident, spec)
+                if domid is None:
+                    raise
+                log.info("%s: %s is with domain %d, where the guest comes from", self.ident, spec.uri, domid)
+        self.spec = spec or DiskSpec("")
         out: Publish = {
-            blkif.KEY_MAX_RING_PAGE_ORDER: spec.ring_order,
-            blkif.KEY_MAX_QUEUES: min(spec.queues, MAX_QUEUES),
+            blkif.KEY_MAX_RING_PAGE_ORDER: self.spec.ring_order,
+            blkif.KEY_MAX_QUEUES: min(self.spec.queues, MAX_QUEUES),
         }
-        if spec.indirect > 0:
-            out[blkif.KEY_MAX_INDIRECT_SEGMENTS] = spec.indirect
+        if self.spec.indirect > 0:
+            out[blkif.KEY_MAX_INDIRECT_SEGMENTS] = self.spec.indirect
         return out
+
+    def _open(self, spec: DiskSpec) -> None:
+        self.store = open_store(
+            spec,
+            run_dir=self.context.run_dir,
+            identity=f"{self.ident.backend_domid}-{self.ident}",
+            recover=self._recover,
+        )
+        log.info("%s: %s", self.ident, self.store.describe())
+
+    def _open_late(self) -> None:
+        """Open what could not be opened before InitWait. Raises NotYet while that is so."""
+        spec = disk_of(self.params)
+        if spec is None:
+            raise NotYet(f"it waits for the hotplug script {script_of(self.params)} to write physical-device-path")
+        try:
+            self._open(spec)
+        except DeviceBusyError:
+            domid = migrates_from(self.context.platform.store, self.ident, spec)
+            if domid is None:
+                raise
+            raise NotYet(f"it waits for domain {domid}, where the guest comes from, to let go of {spec.uri}",
+                         0.05) from None  # fmt: skip
+        self.spec = spec
 
     def _served_before(self) -> bool:
         """Whether this very disk was served by a process that has ended: then its I/O is waited for, and what it kept
@@ -142,7 +172,10 @@ class BlkBackend(Device):
 
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
         """Check the keys, map the rings, bind the ports, and have workers serve them."""
-        assert self.spec is not None and self.store is not None
+        assert self.spec is not None
+        if self.store is None:
+            self._open_late()
+        assert self.store is not None
         if recover and not self.context.options.get("journal", True):
             raise NotRecoverable(f"{self.ident}: there is no journal to recover from (--no-journal)")
         self.disconnect()

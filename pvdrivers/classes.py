@@ -3,11 +3,17 @@
 A class is a subclass of pvdrivers.device.Device, named "module:Class". Other packages add theirs with an
 entry point of the group "pvdrivers.device_classes". Its module may have a function warm(), which compiles
 everything that serving the class will ever need.
+
+On a real Xen others serve backends, too. `vbd` is the kernel's own kind: where its driver is there, the kernel is left
+alone with it. `pvblk` is a kind of ours, which neither the kernel nor libxl knows: `pvdrivers block-attach` makes such
+devices, beside whatever serves the others. `qdisk` is QEMU's, which libxl starts for it, so it is served only if asked
+for by name.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -18,8 +24,16 @@ GROUP = "pvdrivers.device_classes"
 
 DEVICE_CLASSES: dict[str, str] = {
     "vbd": "blkback.backend:BlkBackend",
+    "pvblk": "blkback.backend:BlkBackend",
+    "qdisk": "blkback.backend:BlkBackend",
 }
 """Name of the directory below backend/ -> where its class is."""
+
+ONLY_BY_NAME = frozenset({"qdisk"})
+"""Not among the classes that are served when none is named."""
+
+KERNEL_DRIVERS = "/sys/bus/xen-backend/drivers"
+_MODULES = {"vbd": "xen-blkback", "vif": "xen-netback", "vscsi": "xen-scsiback"}
 
 
 def known() -> dict[str, str]:
@@ -44,8 +58,36 @@ def load(name: str) -> type[Device]:
 
 
 def load_all(names: Iterable[str] | None = None) -> dict[str, type[Device]]:
-    """The classes asked for, all of them by default."""
-    return {name: load(name) for name in (known() if names is None else names)}
+    """The classes asked for, by default all but those that have to be asked for."""
+    return {name: load(name) for name in (sorted(known().keys() - ONLY_BY_NAME) if names is None else names)}
+
+
+def in_kernel(name: str, drivers: str = KERNEL_DRIVERS) -> str:
+    """Which driver of this kernel serves this kind of backend, "" if none does: a line for people."""
+    if not os.path.exists(f"{drivers}/{name}"):
+        return ""
+    return f"the kernel's {_MODULES.get(name, 'driver')} ({drivers}/{name})"
+
+
+def beside_kernel(names: Iterable[str] | None, drivers: str = KERNEL_DRIVERS) -> tuple[list[str], list[str]]:
+    """What to serve on a real Xen, and what to tell the operator of it.
+
+    A class named for which the kernel has a driver is a ConfigError: two backends on one device destroy the disk.
+    """
+    served, notes = [], []
+    for name in sorted(known().keys() - ONLY_BY_NAME) if names is None else names:
+        driver = in_kernel(name, drivers)
+        if not driver:
+            served.append(name)
+            continue
+        remedy = (
+            f"unload it (rmmod {_MODULES.get(name, name)}, with no guest on it) and keep it from loading"
+            " (docs/dom0.md), or attach disks beside it with `pvdrivers block-attach`"
+        )
+        if names is not None:
+            raise ConfigError(f"device class {name}: {driver} serves it; {remedy}")
+        notes.append(f"{name} is left to {driver}; to have it served here, {remedy}")
+    return served, notes
 
 
 def warm(names: Iterable[str] | None = None) -> None:

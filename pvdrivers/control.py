@@ -54,6 +54,9 @@ class Control(Protocol):
     def gone(self, life: Any) -> None:
         """The device is no more."""
 
+    def changed(self, life: Any) -> None:
+        """Where the device stands is not what it was: its state, its connection or its troubles."""
+
 
 class TokenBucket:
     """A limit on how often something is done: `rate` a second, `burst` at once."""
@@ -76,6 +79,10 @@ class TokenBucket:
             return False
         self._tokens -= count
         return True
+
+    def give_back(self, count: float = 1) -> None:
+        """What was taken does not count."""
+        self._tokens = min(self._burst, self._tokens + count)
 
 
 class Backoff:

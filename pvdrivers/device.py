@@ -35,6 +35,14 @@ class NotRecoverable(PvError):
     """connect(recover=True): what the dead process left behind does not do; reconnect in order instead."""
 
 
+class NotYet(PvError):
+    """connect() has to wait for something that is under way: no error, and asked again after `seconds`."""
+
+    def __init__(self, text: str, seconds: float = 1.0) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+
+
 @dataclass(frozen=True)
 class DeviceId:
     """One device: who serves it, and which it is of which guest. str() is "vbd-D-V"."""
@@ -286,7 +294,8 @@ class Device(ABC):
 
     Any method may take long (draining a disk takes seconds): it holds up this device and no other. Whatever
     an exception leaves open, the method that raised has to close itself: after a connect() that raised there
-    is no disconnect(). Exceptions: ProtocolViolation closes the device; ConfigError waits for the operator;
+    is no disconnect(). Exceptions: ProtocolViolation closes the device; ConfigError waits for the operator; NotYet
+    is no trouble;
     StoreError, PlatformError, DeviceBusyError and OSError are tried again, later and later; anything else is
     our own fault, is logged with its traceback, and closes the device.
     """

@@ -13,26 +13,19 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from .control import Backoff, Control, TokenBucket
-from .device import BackKeys, Device, FrontKeys, NotRecoverable, Publish
+from .control import Control
+from .device import BackKeys, Device, FrontKeys, NotRecoverable, NotYet, Publish
 from .errors import ConfigError, ProtocolViolation, PvError
 from .nodes import Nodes, connection_lost
+from .pace import QUIET_SECONDS, Pace
+from .storage.locks import DrainingError
+from .troubles import Troubles
 from .xenbus import Action, BadState, Role, Step, XenbusState, adopt, step
 
 log = logging.getLogger("pvdrivers.device")
 
 S = XenbusState
 
-EVENTS = (32.0, 128.0)
-"""Events of a frontend that are looked at: a second, and at once. A boot with firmware takes about ten."""
-CONNECTS = (2.0, 20.0)
-"""Connections offered and made: a second, and at once. A guest that reconnects in a circle waits its turn."""
-NOTES = (0.02, 32.0)
-"""Lines in the log about a guest's ordinary comings and goings: a second, and at once."""
-QUIET_SECONDS = 1.0
-"""How long a frontend over its limit is not watched; then it is looked at, once."""
-RETRY_SECONDS = (0.25, 30.0)
-"""The first wait after a failure that may pass, and the longest."""
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
@@ -52,6 +45,7 @@ class Life:
         self.gone = False
         """The device is no more; nothing will happen here again."""
         self.violations = 0
+        self.troubles = Troubles(str(device.ident), control, lambda: control.changed(self))
         self._nodes = Nodes(control, device.ident)
         self._control = control
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
@@ -65,12 +59,7 @@ class Life:
         self._fault: str | None = None
         self._bad = ""
         self._refresh = False
-        # What failed in this pair of states is not tried again before a timer, or a change.
-        self._held: tuple[XenbusState, XenbusState] | None = None
-        self._retry = Backoff(control, self._due, *RETRY_SECONDS)
-        self._events = TokenBucket(*EVENTS, now=control.now)
-        self._connects = TokenBucket(*CONNECTS, now=control.now)
-        self._notes = TokenBucket(*NOTES, now=control.now)
+        self._pace = Pace(control, self.look)
 
     @property
     def error(self) -> str:
@@ -83,8 +72,9 @@ class Life:
         """The frontend's state node was written, `events` times."""
         if self.gone or self._paused:
             return
-        if not self._events.take(events):
+        if not self._pace.take_events(events):
             self._paused = True
+            self.troubles.add("storm", "its frontend's state changes too often; it is looked at once a second")
             self._control.pause(self)
             self._control.later(QUIET_SECONDS, self._unpause)
             return
@@ -94,9 +84,15 @@ class Life:
         """`keys` of our own directory were written, by us or by the toolstack."""
         if self._nodes.foreign(keys):
             # The operator changed something: what failed may work now, what works may have another size.
-            self._release()
+            self._pace.release()
             self._refresh = True
         self.look()
+
+    def ask_again(self) -> None:
+        """What a NotYet waited for may have happened."""
+        if "waiting" in self.troubles.now:
+            self._pace.release()
+            self.look()
 
     def refresh(self) -> None:
         """Have the device look again at what is behind it (SIGHUP)."""
@@ -144,12 +140,12 @@ class Life:
             if self._busy or self.gone:
                 return
         # No honest pair of ends takes so many: let the others have their turn.
-        self._retry.again()
+        self._pace.again()
 
     def _one_step(self) -> bool:
         """Look, and do one thing. False if there was nothing to do."""
-        ours, theirs, online = self._nodes.read()
-        self.state = ours
+        ours, theirs, online = self._nodes.read(whose=not self.connected)
+        self._went(ours)
         if isinstance(theirs, BadState):
             # What it means is anybody's guess, and all that follows is that the guest is at fault.
             if online and self._bad != theirs.text:
@@ -162,19 +158,16 @@ class Life:
             return self._drop(ours, self._fault)
         if self._bad and online:
             return False
-        if self._held is not None and self._held != (ours, theirs):
-            self._release()
+        if self._fresh or theirs is not S.Unknown:
+            self.troubles.look_for_stale(self._nodes, ours, theirs)
+        if self._pace.held is not None and self._pace.held != (ours, theirs):
+            self._pace.release()
         if self._fresh:
             wanted = adopt(ours, theirs, online)
         else:
             wanted = step(Role.BACK, ours, theirs, online, before=self._before)
-        if wanted.action in _COSTLY:
-            if self._held is not None:
-                return False
-            if not self._connects.take():
-                self._held = (ours, theirs)
-                self._retry.after(QUIET_SECONDS)
-                return False
+        if wanted.action in _COSTLY and not self._pace.take_connect((ours, theirs)):
+            return False
         if wanted.action is not Action.RECONNECT:  # or, if that fails, the table would see nothing left to do
             self._before = theirs
         return self._perform(wanted, ours, theirs)
@@ -282,7 +275,7 @@ class Life:
             log.error("%s: %s", self.ident, e)
         except Exception:
             log.exception("%s: our own fault", self.ident)
-        self._retry.again()
+        self._pace.again()
         return False
 
     def _stepped(
@@ -295,8 +288,9 @@ class Life:
     ) -> None:
         if error is not None:
             return self._failed(ours, theirs, wanted, error)
-        self._release()
+        self._pace.release()
         self._nodes.clear_report()
+        self.troubles.over("waiting", "draining")
         keys = dict(keys or {})
         recovered = wanted.action is Action.RECOVER
         if wanted.action is Action.ADVERTISE:
@@ -305,25 +299,32 @@ class Life:
             self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
         self._before = theirs
+        self._control.changed(self)
 
     def _failed(self, ours: XenbusState, theirs: XenbusState, wanted: Step, error: BaseException) -> None:
         advertising = wanted.action is Action.ADVERTISE
         if isinstance(error, ProtocolViolation):
             return self.fault(error.violation)
+        if isinstance(error, NotYet):
+            self.troubles.add("waiting", str(error), logging.INFO)
+            return self._pace.wait((ours, theirs), error.seconds)
+        if isinstance(error, DrainingError):
+            self.troubles.add("draining", str(error), logging.DEBUG)  # the log has it as an error
         if isinstance(error, NotRecoverable):
             self._nodes.report(f"cannot be taken over, and reconnects: {error}")
         elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
             # Our state stays, so that the handshake goes on from here when the cause has passed.
             self._nodes.report(str(error) or repr(error), hotplug=advertising)
-            self._held = (ours, theirs)
-            self._retry.again()
+            self._pace.hold((ours, theirs))
+            self._control.changed(self)
             return
         else:
             if not isinstance(error, ConfigError):
                 log.error("%s: our own fault in %s", self.ident, wanted.action.value, exc_info=error)
             self._nodes.report(str(error) or repr(error), hotplug=advertising)
         if advertising:
-            self._held = (ours, theirs)  # until the operator changes something
+            self._pace.hold_still((ours, theirs))  # until the operator changes something
+            self._control.changed(self)
         elif ours is not S.Closing:
             self._publish(ours, {}, S.Closing)
         self._fresh = False
@@ -342,7 +343,8 @@ class Life:
 
     def _removed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
         self.gone = True
-        self._release()
+        self.troubles.gone()
+        self._pace.release()
         try:
             # Only now: to the toolstack Closed means that nothing is held any more, the image included.
             if ours not in (S.Unknown, S.Closed):
@@ -367,32 +369,31 @@ class Life:
 
         self._ended = self._busy = True
         self.connected = False
-        self._release()
+        self._pace.release()
         self._control.submit(self.device.hand_over, handed)
 
     def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
         if not self._nodes.publish(ours, keys, state):
             return False
         if state is not None:
-            self.state = state
+            self._went(state)
         return True
 
     def _note(self, text: str) -> None:
-        if self._notes.take():
+        if self._pace.take_note():
             log.info("%s: %s", self.ident, text)
 
-    # Waiting
-
-    def _due(self) -> None:
-        self._held = None
-        self.look()
-
-    def _release(self) -> None:
-        self._held = None
-        self._retry.reset()
+    def _went(self, state: XenbusState) -> None:
+        """Our state is this one now."""
+        if state is self.state:
+            return
+        self.state = state
+        self.troubles.went(state)
+        self._control.changed(self)
 
     def _unpause(self) -> None:
         self._paused = False
+        self.troubles.over("storm")
         if not self.gone:
             self._control.resume(self)
             self.look()

@@ -1,6 +1,7 @@
 """A device's nodes in the store: reading both states, publishing, and telling of errors where others look.
 
-Every method may raise OSError from the connection to the store.
+Every method may raise OSError from the connection to the store. In a driver domain we see of a guest only what it or
+the toolstack lets us: a node that we may not read is as good as none, and a home that we may not read is one.
 """
 
 from __future__ import annotations
@@ -38,19 +39,29 @@ class Nodes:
     def __init__(self, control: Control, ident: DeviceId) -> None:
         self.ident = ident
         self.reported = ""
+        self.stray = False
+        """The frontend was found to be another backend's."""
         self._control = control
         self._published: set[str] = set()
         self._seen = False  # our directory was there
 
-    def read(self) -> tuple[XenbusState, XenbusState | BadState, bool]:
-        """Our state, the frontend's, and whether the device is to stay."""
+    def read(self, *, whose: bool = False) -> tuple[XenbusState, XenbusState | BadState, bool]:
+        """Our state, the frontend's, and whether the device is to stay.
+
+        With `whose`, a frontend that names another backend is none: that one has its rings.
+        """
         store, ident = self._control.store, self.ident
         raw = store.read(ident.backend_path + "/state")
         ours = parse_state(raw)
         if isinstance(ours, BadState):
             self.report(f"{ident.backend_path}/state is {ours.text}, not a state")
             ours = XenbusState.Unknown
-        theirs = parse_state(store.read(ident.frontend_path + "/state"))
+        theirs = parse_state(self._front("state"))
+        self.stray = False
+        if whose and theirs is not XenbusState.Unknown:
+            backend = self._front("backend")
+            self.stray = backend is not None and backend.rstrip(b"\0/") != ident.backend_path.encode()
+            theirs = XenbusState.Unknown if self.stray else theirs
         # Linux takes a missing `online` for 0; then a device that somebody attached by hand could never
         # reconnect.
         online = (store.read(ident.backend_path + "/online") or b"1").strip(b" \n\0") != b"0"
@@ -64,7 +75,16 @@ class Nodes:
 
     def domain_exists(self) -> bool:
         """Whether the guest has a home in the store; the toolstack removes it last."""
-        return self._control.store.read(self.ident.domain_path) is not None
+        try:
+            return self._control.store.read(self.ident.domain_path) is not None
+        except PermissionError:
+            return True
+
+    def _front(self, key: str) -> bytes | None:
+        try:
+            return self._control.store.read(f"{self.ident.frontend_path}/{key}")
+        except PermissionError:
+            return None
 
     def foreign(self, keys: Iterable[str]) -> bool:
         """Whether one of these keys of our directory is not one that we write ourselves."""
@@ -101,7 +121,12 @@ class Nodes:
             log.error("%s: %s", self.ident, text)
         store, path = self._control.store, self.ident.backend_path
         short = text.encode()[:_MOST_TEXT]
-        store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))
+        try:
+            store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))
+        except OSError as e:  # a quota of a driver domain, say: the toolstack is to hear of it all the same
+            if connection_lost(e):
+                raise
+            log.debug("%s: %s", self.ident, e)
         if hotplug and store.read(path + "/state") is not None:
             store.write(path + "/hotplug-error", short)
             store.write(path + "/hotplug-status", "error")

@@ -77,18 +77,38 @@ class XenStoreError(OSError):
 
     `errno` is the error (ETIMEDOUT: no reply in time; ECONNRESET: the connection is gone; EPROTO: the peer
     does not speak xenstore), `operation` the request as named in xenstore.txt, `path` what it was about (""
-    if nothing).
+    if nothing). Like any OSError it can be caught as what it is: PermissionError for EACCES and EPERM,
+    FileExistsError for EEXIST.
     """
 
-    def __init__(self, number: int, operation: str, path: str = "", detail: str = "") -> None:
+    operation: str
+    path: str
+
+    def __new__(cls, number: int, operation: str, path: str = "", detail: str = "") -> XenStoreError:
         name = errno.errorcode.get(number, str(number))
         why = detail or ERROR_ADVICE.get(number, os.strerror(number))
-        super().__init__(number, f"xenstore {operation}{' ' + path if path else ''}: {name}: {why}")
-        self.operation = operation
-        self.path = path
+        text = f"xenstore {operation}{' ' + path if path else ''}: {name}: {why}"
+        error: XenStoreError = OSError.__new__(_BY_NUMBER.get(number, cls), number, text)
+        error.operation, error.path = operation, path
+        return error
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class _Denied(XenStoreError, PermissionError):
+    """EACCES, EPERM."""
+
+
+class _Exists(XenStoreError, FileExistsError):
+    """EEXIST."""
+
+
+_BY_NUMBER: Final[dict[int, type[XenStoreError]]] = {
+    errno.EACCES: _Denied,
+    errno.EPERM: _Denied,
+    errno.EEXIST: _Exists,
+}
 
 
 class Message(NamedTuple):

@@ -96,13 +96,16 @@ class Frontend:
     """A guest with one disk, at the lowest level. `platform` is its view of the embedded Xen."""
 
     def __init__(self, run_dir: Any, dom0: Any, params: str, *, mode: str = "w", devid: int = 51712,
-                 memory_mib: int = 16, be: dict[str, Any] | None = None) -> None:  # fmt: skip
+                 memory_mib: int = 16, be: dict[str, Any] | None = None, kind: str = "vbd",
+                 migrates_from: int | None = None) -> None:  # fmt: skip
         self.dom0, self.devid = dom0, devid
         self.domain = toolstack.create_domain(dom0, name="liar", memory_mib=memory_mib)
         self.domid = self.domain.domid
-        self.back = toolstack.attach_vbd(dom0.store, self.domid, devid, params, mode=mode, be=be)
+        if migrates_from is not None:  # the same guest, for the toolstack
+            dom0.store.write(f"/local/domain/{self.domid}/vm", dom0.store.read(f"/local/domain/{migrates_from}/vm"))
+        self.back = toolstack.attach_vbd(dom0.store, self.domid, devid, params, mode=mode, be=be, kind=kind)
         self.front = f"/local/domain/{self.domid}/device/vbd/{devid}"
-        self.error_path = f"/local/domain/0/error/backend/vbd/{self.domid}/{devid}/error"
+        self.error_path = f"/local/domain/0/error/backend/{kind}/{self.domid}/{devid}/error"
         self.platform: Any = open_platform("sim", run_dir=run_dir, domid=self.domid, token=self.domain.token)
         self.store = self.platform.store
         self.events = self.platform.open_events()

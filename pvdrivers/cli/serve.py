@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from pvdrivers.errors import PlatformError
 
+from . import where
+
 if TYPE_CHECKING:
     from pvdrivers.host import Host
-    from pvdrivers.platform import Platform, XenStore
+    from pvdrivers.platform import XenStore
 
 _MOST_WORKERS = 4
 
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="pvdrivers: %(levelname).1s %(message)s")
     began = time.monotonic()
     run_dir: Path = args.run_dir
-    embedded = _embedded(run_dir)
+    embedded = where.embedded(run_dir)
 
     # Heavy from here on. Everything is compiled before the first InitWait: a guest never waits for a
     # compiler.
@@ -37,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from pvdrivers.platform import open_platform
     from pvdrivers.worker.control import WorkerPool
 
-    table = classes.load_all(args.classes)
+    names, notes = (args.classes, []) if embedded else classes.beside_kernel(args.classes)
+    for note in notes:
+        logging.getLogger("pvdrivers.host").warning("%s", note)
+    table = classes.load_all(names)
     classes.warm(table)
     warm = time.monotonic() - began
 
@@ -54,8 +59,13 @@ def run(args: argparse.Namespace) -> int:
         pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0, software=args.io == "threads")
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict}
         context = Context(platform, pool, run_dir, options)
-        host = Host(context, table, domains=args.domains, connect_store=_connector(platform, run_dir,
-        embedded))
+        host = Host(
+            context,
+            table,
+            domains=args.domains,
+            connect_store=_connector(run_dir, embedded),
+            kernel_drivers=None if embedded else classes.KERNEL_DRIVERS,
+        )
 
         def ready(devices: int) -> None:
             print(f"ready: {devices} device{'' if devices == 1 else 's'}, kernels warm in {warm:.2f} s", flush=True)
@@ -74,31 +84,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _embedded(run_dir: Path) -> bool:
-    """Whether the embedded Xen runs in this directory; if not, there has to be a real one."""
-    try:
-        if (run_dir / "xenstored").exists():
-            return True
-    except OSError as e:
-        raise PlatformError(f"run directory {run_dir}: {e.strerror} for user {os.geteuid()}") from e
-    if os.path.exists("/dev/xen/gntdev"):
-        return False
-    raise PlatformError(
-        f"no embedded Xen in {run_dir} (start one with: pvdrivers sim --run-dir {run_dir}), and this is no Xen host"
-        " (no /dev/xen/gntdev); to see it all at work, type: pvdrivers demo"
-    )
-
-
 def _workers() -> int:
     # A guest's vCPUs want the other cores.
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
 
 
-def _connector(platform: Platform, run_dir: Path, embedded: bool) -> Callable[[], XenStore]:
-    from pvdrivers.xenstore import XenStoreClient, default_path
+def _connector(run_dir: Path, embedded: bool) -> Callable[[], XenStore]:
+    from pvdrivers.xenstore import XenStoreClient
 
-    where = str(run_dir / "xenstored") if embedded else default_path()
-    return lambda: XenStoreClient.connect(where)
+    return lambda: XenStoreClient.connect(where.store_path(run_dir, embedded))
 
 
 @contextmanager

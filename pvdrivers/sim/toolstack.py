@@ -1,20 +1,15 @@
-"""What xl and libxl do: make and end domains, attach and detach devices, on the embedded Xen.
+"""What xl and libxl do on the embedded Xen: make and end domains; and what pvdrivers.toolstack does with devices.
 
-The store's directories, their permissions and the order of writing are those of libxl (libxl_create.c,
-libxl_device.c, libxl_disk.c of Xen 4.17/4.20): a frontend directory belongs to the guest and is readable to the
-backend, a backend directory the other way round; everything is written in one transaction, states last.
+The store's directories and their permissions are those of libxl (libxl_create.c of Xen 4.17/4.20).
 """
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pvdrivers.errors import ConfigError, PlatformError
 from pvdrivers.platform import XenStore
+from pvdrivers.toolstack import Value, attach, attach_vbd, detach, device_paths, devid_of
 
 from . import wire
 from .hypercall import Hypercalls
@@ -22,9 +17,10 @@ from .hypercall import Hypercalls
 if TYPE_CHECKING:
     from .joined import SimPlatform
 
-Value = str | int | bytes
-
-XENBUS_INITIALISING, XENBUS_CLOSING, XENBUS_CLOSED = 1, 5, 6  # io/xenbus.h
+__all__ = [
+    "Domain", "DomainState", "attach", "attach_vbd", "clean", "create_domain", "destroy", "detach", "device_paths",
+    "devid_of", "list_domains",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,109 +103,3 @@ def list_domains(xen: Hypercalls) -> list[DomainState]:
         if not reply.values[0]:
             return found
         first = found[-1].domid + 1
-
-
-def devid_of(vdev: str) -> int:
-    """The number of a virtual device name: xvda, xvdb3, sda, hdc (xen-vbd-interface.7). Raises ConfigError."""
-    found = re.fullmatch(r"(xvd|sd|hd)([a-z]{1,2})(\d{0,3})", vdev)
-    if not found:
-        raise ConfigError(f"virtual device {vdev!r}: expected a name such as xvda, xvdb1, sda or hda")
-    disk = 0
-    for letter in found[2]:
-        disk = disk * 26 + ord(letter) - ord("a") + 1
-    disk -= 1
-    part = int(found[3] or 0)
-    if found[1] == "xvd":
-        return 202 << 8 | disk << 4 | part if disk < 16 and part < 16 else 1 << 28 | disk << 8 | part
-    if found[1] == "sd" and disk < 16 and part < 16:
-        return 8 << 8 | disk << 4 | part
-    if found[1] == "hd" and disk < 4 and part < 64:
-        return (3 if disk < 2 else 22) << 8 | (disk & 1) << 6 | part
-    raise ConfigError(f"virtual device {vdev!r}: there are sda to sdp with 15 partitions and hda to hdd with 63")
-
-
-def device_paths(kind: str, domid: int, devid: int, backend_domid: int = 0) -> tuple[str, str]:
-    """(backend directory, frontend directory) of a device."""
-    return (
-        f"/local/domain/{backend_domid}/backend/{kind}/{domid}/{devid}",
-        f"/local/domain/{domid}/device/{kind}/{devid}",
-    )
-
-
-def attach(store: XenStore, kind: str, domid: int, devid: int, *, backend_domid: int = 0,
-           be: Mapping[str, Value] | None = None, fe: Mapping[str, Value] | None = None) -> str:  # fmt: skip
-    """Make the two directories of a device with the keys that all have, and `be` and `fe`. Returns the backend's."""
-    backend, frontend = device_paths(kind, domid, devid, backend_domid)
-    ours: dict[str, Value] = {"frontend": frontend, "frontend-id": domid, "online": 1, **(be or {})}
-    theirs: dict[str, Value] = {"backend": backend, "backend-id": backend_domid, **(fe or {})}
-
-    def write(tx: int) -> None:
-        if store.read(f"{backend}/state", tx) is not None:
-            raise PlatformError(f"{kind} {devid} of domain {domid}: attached already; detach it first")
-        for path, perms, keys in (
-            (frontend, [f"n{domid}", f"r{backend_domid}"], theirs),
-            (backend, [f"n{backend_domid}", f"r{domid}"], ours),
-        ):
-            store.rm(path, tx)
-            store.mkdir(path, tx)
-            store.set_perms(path, perms, tx)
-            for key, value in keys.items():
-                store.write(f"{path}/{key}", value, tx)
-        store.write(f"{frontend}/state", XENBUS_INITIALISING, tx)
-        store.write(f"{backend}/state", XENBUS_INITIALISING, tx)
-
-    store.transaction(write)
-    return backend
-
-
-def attach_vbd(store: XenStore, domid: int, vdev: int | str, params: str, *, mode: str = "w", backend_domid: int = 0,
-               device_type: str = "disk", be: Mapping[str, Value] | None = None,
-               fe: Mapping[str, Value] | None = None) -> str:  # fmt: skip
-    """Attach a disk: `params` is its URI, `mode` "r", "w" or "w!". Returns the backend directory.
-
-    libxl_disk.c, device_disk_add. `be` and `fe` add keys or replace them.
-    """
-    devid = devid_of(vdev) if isinstance(vdev, str) else vdev
-    ours: dict[str, Value] = {
-        "params": params, "type": "phy", "dev": vdev if isinstance(vdev, str) else f"{devid}",
-        "removable": 1 if device_type == "cdrom" else 0, "bootable": 1, "mode": mode, "device-type": device_type,
-        "discard-enable": 1, "specification": "xen", **(be or {}),
-    }  # fmt: skip
-    theirs: dict[str, Value] = {
-        "virtual-device": devid, "device-type": device_type, "trusted": 1, **(fe or {}),
-    }  # fmt: skip
-    return attach(store, "vbd", domid, devid, backend_domid=backend_domid, be=ours, fe=theirs)
-
-
-def detach(store: XenStore, backend: str, *, timeout: float = 10.0, force: bool = False) -> bool:
-    """Ask a backend to let a device go: online 0, state 5; then remove both directories.
-
-    Waits `timeout` seconds for state 6, as libxl does. Returns whether it came; without it the directories stay
-    unless `force`.
-    """
-
-    def ask(tx: int) -> None:
-        store.write(f"{backend}/online", 0, tx)
-        if int(store.read(f"{backend}/state", tx) or 0) not in (0, XENBUS_CLOSED):
-            store.write(f"{backend}/state", XENBUS_CLOSING, tx)
-
-    frontend = (store.read(f"{backend}/frontend") or b"").decode()
-    store.transaction(ask)
-    deadline = time.monotonic() + timeout
-    while (state := int(store.read(f"{backend}/state") or XENBUS_CLOSED)) != XENBUS_CLOSED:
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.01)
-    done = state == XENBUS_CLOSED
-    if done or force:
-        for path in _and_empty_parents(store, backend):
-            store.rm(path)
-        if frontend.startswith("/local/domain/"):
-            store.rm(frontend)
-    return done
-
-
-def _and_empty_parents(store: XenStore, backend: str) -> Sequence[str]:
-    """The directory, and the one of its domain if nothing else is in it."""
-    parent, _, name = backend.rpartition("/")
-    return [backend, parent] if store.ls(parent) in ([name], []) else [backend]

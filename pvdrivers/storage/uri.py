@@ -29,6 +29,7 @@ _SIZE = re.compile(r"([0-9]{1,20})([KMGT]?)(i?B)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DEFAULT_SIZE = {"null": 1 << 30, "memory": 64 << 20}
 _XL_MODES = {"r": "r", "ro": "r", "w": "w", "rw": "w", "w!": "w!"}
+_IMAGES = ("qcow", "qcow2", "vhd", "qed")
 _XL_PREFIX = re.compile(r"(?:tap:|tap2:)?(aio|raw|phy|file):(?!//)")
 
 
@@ -220,6 +221,10 @@ def _target(uri: str) -> dict[str, Any]:
         return _file(unquote(rest[2:]))
     if scheme in _DEFAULT_SIZE:
         return {"scheme": scheme, "size": parse_size(rest) if rest else _DEFAULT_SIZE[scheme]}
+    if scheme in _IMAGES:
+        raise ValueError(
+            f"{scheme} images are not served; qemu-img convert -O raw makes one that is, or leave it to QEMU (qdisk)"
+        )
     raise ValueError(
         f"unknown scheme {scheme}:; there are: a path, file:///path, memory:SIZE, null:SIZE"
         " (a path with a colon is written with a / or ./ before it)"
@@ -293,6 +298,8 @@ def parse_xl(params: str, mode: str = "w", device_type: str = "disk", *, options
         raise ConfigError(f"disk {params!r}: device-type {device_type!r}: must be disk or cdrom")
     # The toolstack's mode holds, whatever else is in the text; a CD-ROM is read only even if xl says w.
     uri, *words = params.split(",")
+    if uri and not _scheme_of(uri) and not uri.startswith(("/", "./", "../")):
+        uri = "/dev/" + uri  # as xl has it: vg/guest
     for word in words:
         if word.startswith("mode=") and word[5:] not in _XL_MODES:
             raise ConfigError(f"disk {params!r}: option {word!r}: must be one of {', '.join(_XL_MODES)}")

@@ -203,6 +203,8 @@ class ByHand:
     def gone(self, life: Life) -> None:
         self.ended.append(str(life.ident))
 
+    def changed(self, life: Life) -> None: ...
+
     def pass_time(self, seconds: float) -> None:
         """Let time go on, and timers come."""
         end = self.time + seconds

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.device.bed import Bed, new_bed, no_own_faults
+from tests.device.yard import Yard
 
 
 @pytest.fixture
@@ -27,3 +30,10 @@ def own_faults(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with no_own_faults():
         yield
+
+
+@pytest.fixture
+def yard(tmp_path: Path) -> Iterator[Yard]:
+    """A store with guests and daemons, which are ended afterwards."""
+    with ExitStack() as stack:
+        yield Yard(tmp_path, stack)

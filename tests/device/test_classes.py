@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -36,3 +37,21 @@ def test_others_may_add_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         classes.load("vgone")
     assert classes.known()["vbd"] == classes.DEVICE_CLASSES["vbd"], "ours cannot be replaced"
+
+
+def test_what_has_to_be_asked_for() -> None:
+    assert {"vbd", "pvblk"} <= set(classes.load_all()) and "qdisk" not in classes.load_all()
+    assert set(classes.load_all(["qdisk"])) == {"qdisk"}
+
+
+def test_the_kernel_is_left_alone_with_what_it_serves(tmp_path: Path) -> None:
+    drivers = str(tmp_path)
+    assert classes.beside_kernel(None, drivers) == (sorted(classes.load_all()), [])
+    assert classes.beside_kernel(["vbd", "qdisk"], drivers) == (["vbd", "qdisk"], [])
+    (tmp_path / "vbd").mkdir()
+    served, notes = classes.beside_kernel(None, drivers)
+    assert "vbd" not in served and "pvblk" in served
+    assert len(notes) == 1 and "xen-blkback" in notes[0] and "block-attach" in notes[0]
+    with pytest.raises(ConfigError, match=r"device class vbd: the kernel's xen-blkback .*rmmod xen-blkback"):
+        classes.beside_kernel(["pvblk", "vbd"], drivers)
+    assert classes.beside_kernel(["pvblk"], drivers) == (["pvblk"], [])

@@ -6,144 +6,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from pvdrivers import host as host_module
-from pvdrivers.device import Context, DeviceId
+from pvdrivers import finder
 from pvdrivers.errors import DeviceBusyError, PlatformError
-from pvdrivers.host import Host
-from pvdrivers.platform import Platform
 from pvdrivers.xenbus import XenbusState as S
-from pvdrivers.xenstore import XenStoreClient
-from tests.device.bed import Disk, Guest
-from tests.xenstore.conftest import Served
-
-
-class Pool:
-    """Workers that do nothing but report what the test tells them."""
-
-    def __init__(self) -> None:
-        self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.found: list[tuple[Any, str]] = []
-        self.said: list[tuple[Any, str]] = []
-        self.failed = ""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None:
-        os.close(self.alert_fd)
-
-    def alerts(self) -> list[tuple[Any, str]]:
-        os.eventfd_read(self.alert_fd)
-        if self.failed:
-            raise PlatformError(self.failed)
-        found, self.found = self.found, []
-        return found
-
-    def notices(self) -> list[tuple[Any, str]]:
-        said, self.said = self.said, []
-        return said
-
-    def report(self, device: Any, violation: str) -> None:
-        self.found.append((device, violation))
-        os.eventfd_write(self.alert_fd, 1)
-
-
-class Daemon:
-    """A host in a thread."""
-
-    def __init__(self, run_dir: Path, connect: Callable[[], XenStoreClient], **options: Any) -> None:
-        self.disks: dict[str, Disk] = {}
-        self.stuck: dict[str, threading.Event] = {}
-        self.pool = Pool()
-        platform = SimpleNamespace(domid=0, store=connect())
-        self.platform = platform
-        context = Context(cast(Platform, platform), self.pool, run_dir)
-        self.host = Host(context, {"vbd": self._make}, connect_store=connect, **options)  # type: ignore[dict-item]
-        self.ready = threading.Event()
-        self.found = -1
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _make(self, ident: DeviceId, context: Context) -> Disk:
-        disk = self.disks[str(ident)] = Disk(ident, context)
-
-        def hold(what: str) -> None:
-            if str(ident) in self.stuck:
-                self.stuck[str(ident)].wait(20)
-
-        disk.hold = hold
-        return disk
-
-    def _run(self) -> None:
-        try:
-            self.host.run(self._is_ready)
-        except BaseException as e:
-            self.error = e
-        self.ready.set()
-
-    def _is_ready(self, found: int) -> None:
-        self.found = found
-        self.ready.set()
-
-    def stop(self) -> None:
-        self.host.stop()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-        self.host.close()
-        self.platform.store.close()
-        self.pool.stop()
-
-
-class Yard:
-    """A store, guests, and daemons that are stopped at the end."""
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        self.run_dir = directory
-        self.served = Served(directory / "xenstored")
-        stack.callback(self.served.close)
-        self.stack = stack
-        self.dom0 = self.served.client()
-        stack.callback(self.dom0.close)
-
-    def daemon(self, **options: Any) -> Daemon:
-        daemon = Daemon(self.run_dir, self.served.client, **options)
-        self.stack.callback(daemon.stop)
-        assert daemon.ready.wait(10)
-        return daemon
-
-    def guest(self, domid: int, devid: int = 51712) -> Guest:
-        client = self.served.guest(domid)
-        self.stack.callback(client.close)
-        return Guest(self.dom0, client, domid, devid)
-
-
-@pytest.fixture
-def yard(tmp_path: Path) -> Iterator[Yard]:
-    with ExitStack() as stack:
-        yield Yard(tmp_path, stack)
-
-
-def until(what: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
-def connect(guest: Guest) -> None:
-    guest.attach()
-    until(lambda: guest.state() == S.InitWait)
-    guest.publish()
-    until(lambda: guest.state() == S.Connected)
-    guest.say(S.Connected)
+from tests.device.yard import Daemon, Yard, connect, until
 
 
 def test_devices_come_and_go(yard: Yard) -> None:
@@ -197,7 +68,7 @@ def test_guests_are_split_over_daemons(yard: Yard) -> None:
 
 
 def test_a_second_daemon_on_the_same_device(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "PREDECESSOR_SECONDS", 0.2)
+    monkeypatch.setattr(finder, "PREDECESSOR_SECONDS", 0.2)
     first = yard.daemon()
     guest = yard.guest(5)
     connect(guest)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from pvdrivers.life import EVENTS, QUIET_SECONDS
+from pvdrivers.pace import EVENTS, QUIET_SECONDS
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.bed import Bed
 

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pvdrivers.device import NotRecoverable
 from pvdrivers.errors import ConfigError, PlatformError, ProtocolViolation, StoreError
-from pvdrivers.life import RETRY_SECONDS, Life
+from pvdrivers.life import Life
+from pvdrivers.pace import RETRY_SECONDS
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.bed import Bed, Disk, Guest, new_bed, no_own_faults
 

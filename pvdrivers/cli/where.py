@@ -1,0 +1,48 @@
+"""Which Xen a command is about: the embedded one of a run directory, or the one that this host runs on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvdrivers.errors import PlatformError
+
+if TYPE_CHECKING:
+    from pvdrivers.xenstore import XenStoreClient
+
+GNTDEV = "/dev/xen/gntdev"
+
+
+def embedded(run_dir: Path) -> bool:
+    """Whether the embedded Xen runs in this directory; if not, there has to be a real one."""
+    try:
+        if (run_dir / "xenstored").exists():
+            return True
+    except OSError as e:
+        raise PlatformError(f"run directory {run_dir}: {e.strerror} for user {os.geteuid()}") from e
+    if os.path.exists(GNTDEV):
+        return False
+    if os.path.exists("/sys/hypervisor/type") and Path("/sys/hypervisor/type").read_text().strip() == "xen":
+        raise PlatformError(f"this host runs on Xen, but there is no {GNTDEV}: modprobe xen-gntdev xen-evtchn")
+    raise PlatformError(
+        f"no embedded Xen in {run_dir} (start one with: pvdrivers sim --run-dir {run_dir}), and this is no Xen host"
+        f" (no {GNTDEV}); to see it all at work, type: pvdrivers demo"
+    )
+
+
+def store_path(run_dir: Path, is_embedded: bool) -> str:
+    """Where xenstore answers."""
+    from pvdrivers.xenstore import default_path
+
+    return str(run_dir / "xenstored") if is_embedded else default_path()
+
+
+def open_store(run_dir: Path) -> XenStoreClient:
+    """A connection to xenstore. Raises PlatformError."""
+    from pvdrivers.xenstore import XenStoreClient
+
+    try:
+        return XenStoreClient.connect(store_path(run_dir, embedded(run_dir)))
+    except OSError as e:
+        raise PlatformError(str(e)) from e

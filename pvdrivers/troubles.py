@@ -1,0 +1,83 @@
+"""What is not as it should be with one device, for the log and for `pvdrivers stats`: each is named once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from .control import Control
+from .nodes import Nodes
+from .xenbus import BadState, XenbusState
+
+log = logging.getLogger("pvdrivers.device")
+
+SLOW_SECONDS = 60.0
+"""How long a guest may leave a disk unanswered before that is said."""
+_GUEST_TO_MOVE = {
+    XenbusState.InitWait: "its guest has not connected",
+    XenbusState.Closing: "its guest has not let go of it",
+}
+
+
+class Troubles:
+    """The troubles of one device by kind, each a line for people. `changed` is called when they are others.
+
+    stale     its frontend or its domain is gone
+    waiting   for something of the toolstack's that is under way: a hotplug script, a migration
+    draining  the I/O of a process that has ended is still under way
+    storm     its frontend's state changes too often
+    guest     the guest does not answer: it never connects, or does not let go
+    """
+
+    def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:
+        self.now: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        """How often each kind has come up."""
+        self._name = name
+        self._control = control
+        self._states = 0  # how many the device has been in
+        self._changed = changed
+        self._told: set[str] = set()
+
+    def add(self, kind: str, text: str, level: int = logging.WARNING) -> None:
+        """There is trouble of this kind. The log hears of each text once."""
+        if self.now.get(kind) == text:
+            return
+        self.now[kind] = text
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if text not in self._told:
+            self._told.add(text)
+            log.log(level, "%s: %s", self._name, text)
+        self._changed()
+
+    def over(self, *kinds: str) -> None:
+        """These kinds of trouble are over."""
+        if any([self.now.pop(kind, None) is not None for kind in kinds]):
+            self._changed()
+
+    def went(self, state: XenbusState) -> None:
+        """The device is in this state from now on."""
+        self.over("guest")
+        self._states += 1
+        if state in _GUEST_TO_MOVE:
+            self._control.later(SLOW_SECONDS, partial(self._still, state, self._states))
+
+    def _still(self, state: XenbusState, count: int) -> None:
+        if self._states == count:
+            self.add("guest", f"{_GUEST_TO_MOVE[state]} for {SLOW_SECONDS:g} s; it is waited for", logging.INFO)
+
+    def gone(self) -> None:
+        """Nothing is said any more."""
+        self._states += 1
+
+    def look_for_stale(self, nodes: Nodes, ours: XenbusState, theirs: XenbusState | BadState) -> None:
+        """Name a directory of ours whose other end is gone; what to do about it says the table."""
+        if theirs is not XenbusState.Unknown or ours is XenbusState.Unknown:
+            self.over("stale")
+        elif nodes.stray:
+            self.add("stale", "its frontend is another backend's; it is not served")
+        elif not nodes.domain_exists():
+            self.add("stale", "its domain is gone; the directory that it left is removed")
+        elif ours is not XenbusState.Initialising:  # or the frontend's directory may be about to be written
+            self.add("stale", "it has no frontend; it is not served until there is one")

@@ -1,0 +1,234 @@
+"""What is found in the store: other backends' devices, stale directories, a driver domain's narrow view, quotas."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvdrivers import finder as finder_module
+from pvdrivers import toolstack
+from pvdrivers.xenbus import XenbusState as S
+from pvdrivers.xenstore import XenStoreClient, XenStoreError
+from tests.device.yard import Yard, connect, until
+
+
+def test_a_kernel_driver_that_is_loaded_meanwhile(yard: Yard, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drivers = tmp_path / "drivers"
+    drivers.mkdir()
+    daemon = yard.daemon(kernel_drivers=str(drivers))
+    first = yard.guest(5)
+    connect(first)
+    (drivers / "vbd").mkdir()
+    second = yard.guest(6)
+    second.attach()
+    until(lambda: ("vbd", 6, 51712) in daemon.host.finder.refused)
+    assert second.state() == S.Initialising and first.state() == S.Connected
+    assert caplog.text.count("xen-blkback") == 1
+    (drivers / "vbd").rmdir()
+    yard.dom0.write(second.back + "/mode", "w")
+    until(lambda: second.state() == S.InitWait)
+    assert daemon.host.finder.refused == {}
+
+
+def test_a_frontend_that_is_another_backends(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    """A directory of ours was left behind, and the toolstack gave the guest the same device from elsewhere."""
+    guest = yard.guest(5)
+    guest.attach()
+    yard.dom0.write(guest.front + "/backend", "/local/domain/0/backend/other/5/51712")
+    guest.publish()
+    daemon = yard.daemon()
+    until(lambda: daemon.host.lives["vbd", 5, 51712].troubles.now)
+    assert "another backend's" in daemon.host.lives["vbd", 5, 51712].troubles.now["stale"]
+    assert daemon.disks["vbd-5-51712"].calls == [] and guest.state() == S.Initialising
+    assert caplog.text.count("another backend's") == 1
+    yard.dom0.write(guest.front + "/backend", guest.back)
+    guest.say(S.Initialised)
+    until(lambda: guest.state() == S.Connected)
+    assert "stale" not in daemon.host.lives["vbd", 5, 51712].troubles.now
+
+
+@pytest.mark.parametrize("state", [S.InitWait, S.Connected, S.Closing])
+def test_a_directory_without_a_frontend(yard: Yard, caplog: pytest.LogCaptureFixture, state: S) -> None:
+    guest = yard.guest(5)
+    guest.attach()
+    yard.dom0.write(guest.back + "/state", int(state))
+    yard.dom0.rm(guest.front)
+    daemon = yard.daemon()
+    until(lambda: guest.state() == S.Closed)
+    life = daemon.host.lives["vbd", 5, 51712]
+    assert "no frontend" in life.troubles.now["stale"] and daemon.disks["vbd-5-51712"].calls == []
+    daemon.host.refresh()
+    yard.dom0.write(guest.back + "/mode", "w")
+    assert caplog.text.count("no frontend") == 1
+    connect_again(yard, guest)
+    until(lambda: life.troubles.now == {})
+
+
+def connect_again(yard: Yard, guest: Any) -> None:
+    """The toolstack writes the frontend's directory again."""
+    yard.dom0.mkdir(guest.front)
+    yard.dom0.set_perms(guest.front, [f"n{guest.domid}", "r0"])
+    yard.dom0.write(guest.front + "/backend", guest.back)
+    yard.dom0.write(guest.front + "/state", 1)
+    until(lambda: guest.state() == S.InitWait)
+    guest.publish()
+    until(lambda: guest.state() == S.Connected)
+
+
+def test_a_directory_of_a_domain_that_is_gone(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    guest = yard.guest(5)
+    guest.attach()
+    yard.dom0.write(guest.back + "/state", 4)
+    guest.destroy()
+    daemon = yard.daemon()
+    until(lambda: yard.dom0.ls(guest.back) is None and not daemon.host.lives)
+    assert caplog.text.count("its domain is gone") == 1
+    assert daemon.disks["vbd-5-51712"].calls == ["removed"]
+
+
+def test_a_guest_that_never_connects(
+    yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pvdrivers.troubles.SLOW_SECONDS", 0.1)
+    caplog.set_level("INFO")
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    guest.attach()
+    until(lambda: "pvdrivers" in caplog.text and "has not connected" in caplog.text)
+    assert "guest" in daemon.host.lives["vbd", 5, 51712].troubles.now
+    guest.publish()
+    until(lambda: guest.state() == S.Connected)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].troubles.now == {})
+    guest.say(S.Connected)
+    guest.unplug()
+    until(lambda: guest.state() == S.Closing)
+    until(lambda: "has not let go of it" in caplog.text)
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+
+
+# A driver domain: domain 3 serves domain 5
+
+
+class DriverDomain:
+    """The store as domain 3 has it, with a guest's disk attached by dom0."""
+
+    def __init__(self, yard: Yard) -> None:
+        self.yard = yard
+        home = "/local/domain/3"
+        yard.dom0.mkdir(home)
+        yard.dom0.set_perms(home, ["n0", "r3"])
+        for name in ("error", "data"):
+            yard.dom0.mkdir(f"{home}/{name}")
+            yard.dom0.set_perms(f"{home}/{name}", ["n3"])
+        yard.dom0.mkdir("/local/domain/5")
+        yard.dom0.set_perms("/local/domain/5", ["n0", "r5"])
+        self.store = yard.served.guest(5)
+        yard.stack.callback(self.store.close)
+        self.front = "/local/domain/5/device/vbd/51712"
+        self.attach(51712)
+
+    def attach(self, devid: int) -> str:
+        self.back = toolstack.attach(self.yard.dom0, "vbd", 5, devid, backend_domid=3)
+        return self.back
+
+    def state(self) -> S:
+        return toolstack.backend_state(self.yard.dom0, self.back)
+
+    def connect(self) -> XenStoreClient:
+        """As the daemon in domain 3 would."""
+        return self.yard.served.guest(3)
+
+    def publish(self) -> None:
+        for key, value in (("ring-ref", 8), ("event-channel", 9), ("state", 3)):
+            self.store.write(f"{self.front}/{key}", value)
+
+
+def test_a_driver_domain(yard: Yard) -> None:
+    dd = DriverDomain(yard)
+    daemon = yard.daemon(domid=3, connect=dd.connect)
+    until(lambda: dd.state() == S.InitWait)
+    dd.publish()
+    until(lambda: dd.state() == S.Connected)
+    disk = daemon.disks["vbd-5-51712"]
+    # The guest locks us out of its directory: as if there were none.
+    dd.store.set_perms(dd.front + "/state", ["n5"])
+    dd.store.write(dd.front + "/state", 3)
+    yard.dom0.write(dd.back + "/mode", "w")
+    until(lambda: dd.state() == S.Closed)
+    assert disk.calls[-1] == "disconnect"
+    # The domain ends; nobody tells us but by the directory that goes.
+    toolstack.detach(yard.dom0, dd.back, force=True, timeout=5)
+    until(lambda: not daemon.host.lives)
+
+
+def test_a_driver_domain_whose_guest_vanishes(yard: Yard) -> None:
+    dd = DriverDomain(yard)
+    daemon = yard.daemon(domid=3, connect=dd.connect)
+    until(lambda: dd.state() == S.InitWait)
+    dd.publish()
+    until(lambda: dd.state() == S.Connected)
+    yard.dom0.rm("/local/domain/5")
+    until(lambda: dd.state() == S.Closed)  # it may not look whether the domain is there: the toolstack tells
+    yard.dom0.rm(dd.back)
+    until(lambda: not daemon.host.lives)
+    assert daemon.disks["vbd-5-51712"].calls == ["advertise", "connect", "disconnect", "removed"]
+
+
+def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A domain may have 128 watches: frontends beyond that are looked at all the same."""
+    monkeypatch.setattr(finder_module, "POLL_SECONDS", 0.05)
+    dd = DriverDomain(yard)
+    yard.served.call(lambda: setattr(yard.served.server.quotas, "watches", 2))
+    for devid in (51728, 51744):
+        dd.attach(devid)
+    daemon = yard.daemon(domid=3, connect=dd.connect)
+    until(lambda: len(daemon.disks) == 3 and all(life.state == S.InitWait for life in daemon.host.lives.values()))
+    assert daemon.host.finder.unwatched
+    assert caplog.text.count("no watch is left") == 1 and "quota-maxwatch" in caplog.text
+    for devid in (51712, 51728, 51744):
+        dd.front = f"/local/domain/5/device/vbd/{devid}"
+        dd.publish()
+    until(lambda: all(life.connected for life in daemon.host.lives.values()))
+    yard.served.call(lambda: setattr(yard.served.server.quotas, "watches", 128))
+    until(lambda: not daemon.host.finder.unwatched)
+    assert caplog.text.count("no watch is left") == 1
+
+
+def test_errors_of_the_store_are_what_they_are(yard: Yard) -> None:
+    guest = yard.served.guest(9)
+    yard.stack.callback(guest.close)
+    with pytest.raises(PermissionError) as denied:
+        guest.write("/local/domain/1/x", "1")
+    assert isinstance(denied.value, XenStoreError) and denied.value.errno == errno.EACCES
+    assert denied.value.operation == "WRITE" and denied.value.path == "/local/domain/1/x"
+    yard.dom0.watch("/x", "t")
+    with pytest.raises(FileExistsError, match="EEXIST"):
+        yard.dom0.watch("/x", "t")
+    assert os.strerror(errno.EEXIST) not in str(denied.value)
+
+
+def test_a_store_that_comes_back_empty(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xenstored was started afresh: what is served goes on being served."""
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    empty = [True]
+    ls = XenStoreClient.ls
+
+    def as_if_empty(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
+        return None if empty and path == "/local/domain" else ls(self, path, tx)
+
+    monkeypatch.setattr(XenStoreClient, "ls", as_if_empty)
+    before = daemon.platform.store
+    daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
+    until(lambda: daemon.host._store_fd == -1)
+    assert daemon.disks["vbd-5-51712"].attached and daemon.platform.store is before
+    empty.clear()
+    until(lambda: daemon.platform.store is not before)
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
