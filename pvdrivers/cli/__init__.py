@@ -1,7 +1,7 @@
 """The ``pvdrivers`` command.
 
 Nothing heavy is imported here: ``--help`` and a mistyped option answer at once. The body of each verb is
-``run(args) -> int`` in the module of its name in this package, and is imported when that verb is used.
+``run(args) -> int`` in the module of its name (with _ for -) in this package, and is imported when that verb is used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        verb = cast(_Verb, importlib.import_module(f"pvdrivers.cli.{args.verb}"))
+        verb = cast(_Verb, importlib.import_module(f"pvdrivers.cli.{args.verb.replace('-', '_')}"))
         return _flushed(verb.run(args))
     except PvError as error:
         print(f"pvdrivers: error: {error}", file=sys.stderr)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pvdrivers import __version__
 
-if TYPE_CHECKING:
-    # At run time there is no such name to subscript.
-    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+from . import arguments_of_disks as disks
+from .options import Verbs, domid, natural, new_verb, positive, run_dir_option, switch, unix_address
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,34 +21,24 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check):
+    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, *disks.VERBS):
         declare(verbs)
     return top
 
 
-def default_run_dir() -> Path | None:
-    """Where sockets and journals are when ``--run-dir`` is not given; None where no place is safe."""
-    if named := os.environ.get("PVDRIVERS_RUN_DIR"):
-        return Path(named)
-    if os.geteuid() == 0:
-        return Path("/run/pvdrivers")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "pvdrivers" if runtime else None
-
-
 def _sim(verbs: Verbs) -> None:
-    verb = _verb(verbs, "sim", "run the embedded Xen in the foreground; DIR/xenstored is its store's socket")
-    _run_dir(verb)
-    verb.add_argument("--memory", type=_positive, metavar="MIB", help="memory for all domains together")
+    verb = new_verb(verbs, "sim", "run the embedded Xen in the foreground; DIR/xenstored is its store's socket")
+    run_dir_option(verb)
+    verb.add_argument("--memory", type=positive, metavar="MIB", help="memory for all domains together")
 
 
 def _serve(verbs: Verbs) -> None:
-    verb = _verb(verbs, "serve", "run the backends in the foreground")
-    _run_dir(verb)
+    verb = new_verb(verbs, "serve", "run the backends in the foreground")
+    run_dir_option(verb)
     verb.add_argument(
         "--domain",
         dest="domains",
-        type=_domid,
+        type=domid,
         nargs="+",
         action="extend",
         metavar="N",
@@ -63,7 +50,8 @@ def _serve(verbs: Verbs) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="serve only these device classes, such as vbd (default: all)",
+        help="serve only these device classes: vbd (the kernel's kind), pvblk (ours, by block-attach), qdisk (QEMU's);"
+        " default: vbd and pvblk",
     )
     verb.add_argument(
         "--io",
@@ -72,10 +60,10 @@ def _serve(verbs: Verbs) -> None:
         help="auto: io_uring, or threads where that is refused; threads: always",
     )
     verb.add_argument(
-        "--workers", type=_positive, metavar="N", help="data-plane threads (default: chosen from the cores)"
+        "--workers", type=positive, metavar="N", help="data-plane threads (default: chosen from the cores)"
     )
     verb.add_argument(
-        "--spin", type=_natural, metavar="US", help="microseconds to poll before sleeping; 0 sleeps at once"
+        "--spin", type=natural, metavar="US", help="microseconds to poll before sleeping; 0 sleeps at once"
     )
     verb.add_argument(
         "--no-journal",
@@ -91,8 +79,8 @@ def _serve(verbs: Verbs) -> None:
 
 
 def _guest(verbs: Verbs) -> None:
-    verb = _verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront")
-    _run_dir(verb)
+    verb = new_verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront")
+    run_dir_option(verb)
     verb.add_argument(
         "--disk",
         dest="disks",
@@ -102,11 +90,11 @@ def _guest(verbs: Verbs) -> None:
         help="attach a disk: a path, null:, memory:, nbd+unix://, nbd://; may be repeated",
     )
     verb.add_argument(
-        "--nbd", metavar="unix:PATH", type=_unix_address, help="serve what blkfront sees to any NBD client"
+        "--nbd", metavar="unix:PATH", type=unix_address, help="serve what blkfront sees to any NBD client"
     )
     verb.add_argument(
         "--queues",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="hardware queues (default: one a vCPU, as many as the backend allows)",
     )
@@ -125,14 +113,14 @@ def _guest(verbs: Verbs) -> None:
     )
     verb.add_argument(
         "--persistent",
-        type=_switch,
+        type=switch,
         default=True,
         metavar="on|off",
         help="use persistent grants where the backend offers them (default: on)",
     )
     verb.add_argument(
         "--indirect",
-        type=_natural,
+        type=natural,
         metavar="N",
         help="most segments in an indirect request; 0 sends none (default: the backend's)",
     )
@@ -143,7 +131,7 @@ def _guest(verbs: Verbs) -> None:
     )
     verb.add_argument(
         "--memory",
-        type=_positive,
+        type=positive,
         default=256,
         metavar="MIB",
         help="the guest's memory (default: %(default)s)",
@@ -151,7 +139,7 @@ def _guest(verbs: Verbs) -> None:
 
 
 def _demo(verbs: Verbs) -> None:
-    verb = _verb(verbs, "demo", "attach a disk image to a guest, write it, read it back, verify every byte")
+    verb = new_verb(verbs, "demo", "attach a disk image to a guest, write it, read it back, verify every byte")
     verb.add_argument(
         "--disk",
         type=Path,
@@ -164,13 +152,13 @@ def _demo(verbs: Verbs) -> None:
     verb.add_argument(
         "--kill", action="store_true", help="kill the backend under load and start it again: nothing is to be noticed"
     )
-    verb.add_argument("--size", type=_positive, metavar="MIB", help="size of the image made on the spot")
-    verb.add_argument("--seconds", type=_positive, metavar="N", help="how long the load runs")
+    verb.add_argument("--size", type=positive, metavar="MIB", help="size of the image made on the spot")
+    verb.add_argument("--seconds", type=positive, metavar="N", help="how long the load runs")
     verb.add_argument("--quick", action="store_true", help="a few seconds in all")
 
 
 def _bench(verbs: Verbs) -> None:
-    verb = _verb(verbs, "bench", "measure, side by side with a peer that does the same work")
+    verb = new_verb(verbs, "bench", "measure, side by side with a peer that does the same work")
     verb.add_argument("what", choices=("ring", "blk", "xenstore", "fairness", "daemon", "all"))
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document on standard output, with every single run")
@@ -186,70 +174,15 @@ def _bench(verbs: Verbs) -> None:
 
 
 def _stats(verbs: Verbs) -> None:
-    verb = _verb(verbs, "stats", "what the backends on this run directory have done, per disk and queue")
-    _run_dir(verb)
+    verb = new_verb(verbs, "stats", "what the backends on this run directory have done, per disk and queue")
+    run_dir_option(verb)
     verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
     verb.add_argument("--inflight", action="store_true", help="list the requests under way, and for how long")
 
 
 def _warm(verbs: Verbs) -> None:
-    _verb(verbs, "warm", "compile all kernels now, so that nothing is compiled later")
+    new_verb(verbs, "warm", "compile all kernels now, so that nothing is compiled later")
 
 
 def _check(verbs: Verbs) -> None:
-    _verb(verbs, "check", "tell what this host has and lacks, and what to do about it")
-
-
-def _verb(verbs: Verbs, name: str, purpose: str) -> argparse.ArgumentParser:
-    # Abbreviations would let a new option change what an old script means.
-    return verbs.add_parser(
-        name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", allow_abbrev=False
-    )
-
-
-def _run_dir(verb: argparse.ArgumentParser) -> None:
-    default = default_run_dir()
-    shown = "" if default is None else f" (default: {default})".replace("%", "%%")
-    verb.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="DIR",
-        default=default,
-        required=default is None,
-        help=f"directory of the sockets, stats and journals{shown}",
-    )
-
-
-def _natural(text: str) -> int:
-    return _whole_number(text, 0)
-
-
-def _positive(text: str) -> int:
-    return _whole_number(text, 1)
-
-
-def _whole_number(text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def _domid(text: str) -> int:
-    first_reserved = 0x7FF0  # DOMID_FIRST_RESERVED: from here on ids mean self, I/O, ...
-    if not (text.isascii() and text.isdigit()) or int(text) >= first_reserved:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a domain id (0 to {first_reserved - 1})")
-    return int(text)
-
-
-def _switch(text: str) -> bool:
-    try:
-        return {"on": True, "off": False}[text]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off") from None
-
-
-def _unix_address(text: str) -> Path:
-    scheme, _, path = text.partition(":")
-    if scheme != "unix" or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not unix:PATH")
-    return Path(path)
+    new_verb(verbs, "check", "tell what this host has and lacks, and what to do about it")

@@ -1,0 +1,73 @@
+"""The verbs that attach and detach disks, with xl's words."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import Verbs, new_verb, positive, run_dir_option
+
+_DISK = """
+DISK is what xl calls a disc specification (xl-disk-configuration(5)): target, format, vdev and access in this order, or
+by name, separated by commas or given one by one; and flags. target= comes last and may have commas in it.
+
+    pvdrivers block-attach web /dev/vg/web-data,raw,xvdb,rw
+    pvdrivers block-attach 5 vdev=xvdc access=ro target=/srv/images/data.img
+    pvdrivers block-attach 5 memory:64M,,xvdd,w,policy=copy
+
+format is raw; access is rw, r, or w! for a disk that others write, too; cdrom, no-discard, removable, direct-io-safe,
+untrusted and backend=DOMAIN are xl's. Options of ours:
+"""
+
+
+def _attach(verbs: Verbs) -> None:
+    verb = new_verb(verbs, "block-attach", "give a domain a disk, served by `pvdrivers serve`")
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.epilog = _DISK + _our_options()
+    run_dir_option(verb)
+    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+    verb.add_argument("disk", metavar="DISK", nargs="+", help="what it is to get, see below")
+    verb.add_argument(
+        "--class",
+        dest="kind",
+        choices=("pvblk", "vbd"),
+        default="pvblk",
+        help="kind of backend; vbd only where the kernel does not serve it (default: %(default)s)",
+    )
+    verb.add_argument("--connect", action="store_true", help="wait until the guest has connected, too")
+    _timeout(verb)
+
+
+def _our_options() -> str:
+    from pvdrivers.storage.uri import OPTIONS
+
+    lines = []
+    for name, option in OPTIONS.items():
+        if name not in ("mode", "cdrom", "vdev", "removable", "discard"):
+            lines.append(f"    {name + '=':16}{option.allowed}: {option.help}")
+    return "\n" + "\n".join(lines)
+
+
+def _detach(verbs: Verbs) -> None:
+    verb = new_verb(verbs, "block-detach", "take a disk from a domain that block-attach gave it")
+    run_dir_option(verb)
+    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+    verb.add_argument("vdev", metavar="VDEV", help="its name, such as xvdb, or number")
+    verb.add_argument(
+        "--force", action="store_true", help="do not ask the guest, which sees I/O errors from then on"
+    )
+    _timeout(verb)
+
+
+def _list(verbs: Verbs) -> None:
+    verb = new_verb(verbs, "block-list", "list the disks of a domain, whoever serves them")
+    run_dir_option(verb)
+    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+
+
+def _timeout(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--timeout", type=positive, default=10, metavar="SECONDS", help="how long to wait, as libxl does (default: 10)"
+    )
+
+
+VERBS = (_attach, _detach, _list)
