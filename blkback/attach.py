@@ -22,13 +22,12 @@ from rings.jit import address_of, compile_for
 
 from . import queue
 from .kernels import answer, push_and_notify
+from .pages import PERSISTENT_BOUND
 from .records import BLK_REQ
 
 if TYPE_CHECKING:
     from .backend import BlkBackend, Front, QueueState
 
-PERSISTENT_BOUND = 1056
-"""Pages a ring may keep mapped (Linux: max_persistent_grants)."""
 PERSISTENT_HEADS = 2048
 KEEP_NS = 60_000_000_000
 """How long an unused page is kept (Linux: persistent_grant_unused_seconds)."""
@@ -78,12 +77,12 @@ def attach_queue(device: BlkBackend, state: QueueState, q: int, said: Front, rec
     row["journal"], row["records"] = device.journal.queue_address(q), device.journal.records_address(q)
     row["record_size"] = JOURNAL_RECORD.itemsize
     row["reqs"], row["req_size"] = reqs.address, BLK_REQ.itemsize
-    row["domid"], row["policy"] = device.ident.domid, device.policy
+    row["domid"], row["policy"], row["pages_limit"] = device.ident.domid, device.plan.policy, device.plan.in_flight
     row["free"], row["stats"] = free.ctypes.data, device.counters.address(q)
     row["keep_ns"] = KEEP_NS
     device.counters.queues[q]["nr_ents"] = n
-    if device.policy == POLICY_PERSISTENT:
-        _format_cache(state)
+    if device.plan.policy == POLICY_PERSISTENT:
+        _format_cache(state, device.plan.bound)
     busy: list[int] = []
     if recover:
         busy = _recover(device, state, q)
@@ -94,11 +93,11 @@ def attach_queue(device: BlkBackend, state: QueueState, q: int, said: Front, rec
     row["free_n"] = len(left)
 
 
-def _format_cache(state: QueueState) -> None:
+def _format_cache(state: QueueState, bound: int) -> None:
     cache = np.zeros(1, PERSISTENT_CACHE)
-    memory = Memory(PERSISTENT_HEADS * 4 + PERSISTENT_BOUND * ENTRY.itemsize)
+    memory = Memory(PERSISTENT_HEADS * 4 + bound * ENTRY.itemsize)
     cache[0]["heads"], cache[0]["n_heads"] = memory.address, PERSISTENT_HEADS
-    cache[0]["entries"], cache[0]["bound"] = memory.address + PERSISTENT_HEADS * 4, PERSISTENT_BOUND
+    cache[0]["entries"], cache[0]["bound"] = memory.address + PERSISTENT_HEADS * 4, bound
     format_cache(cache.ctypes.data)
     state.keep += [cache, memory]
     assert state.handle is not None

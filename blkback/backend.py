@@ -22,6 +22,7 @@ from pvdrivers.xenbus import XenbusState
 from rings import blkif
 
 from .attach import attach_queue, detach_queue, drop_grants, format_disk
+from .pages import Plan, set_aside
 from .params import disk_of, script_of
 from .records import DISK, MAX_QUEUES, disk_policy
 from .sharing import migrates_from
@@ -108,7 +109,8 @@ class BlkBackend(Device):
         self.counters: StatsFile | None = None
         self.disk = np.zeros(1, DISK)
         self.queues: list[QueueState] = []
-        self.policy = POLICY_MAP
+        self.plan = Plan(POLICY_MAP)
+        self.grant_pages: int | None = None
         self._recover = False
 
     @property
@@ -181,9 +183,10 @@ class BlkBackend(Device):
         self.disconnect()
         said = parse_front(front, self.spec)
         late = self.context.platform.late_unmap and self.store.direct
-        self.policy = disk_policy(self.spec.policy, said.persistent, unmap_too_late=late)
+        policy = disk_policy(self.spec.policy, said.persistent, unmap_too_late=late)
         format_disk(self.disk, self.spec, self.store, said.abi, self.params.flag("discard-enable", True))
         try:
+            self.plan, self.grant_pages = set_aside(self, policy, said)
             self._connect_queues(said, recover)
         except BaseException:
             self._release(keep=recover)
@@ -212,7 +215,8 @@ class BlkBackend(Device):
             "domid": domid,
             "uuid": uuid,
             "uri": self.spec.uri if self.spec else "",
-            "policy": {POLICY_MAP: "map", POLICY_PERSISTENT: "persistent", POLICY_COPY: "copy"}[self.policy],
+            "policy": {POLICY_MAP: "map", POLICY_PERSISTENT: "persistent", POLICY_COPY: "copy"}[self.plan.policy],
+            "grant_pages": self.grant_pages,
             "protocol": said.protocol,
             "ring_order": said.order,
             "journal": str(self.journal_path) if use_file else "",
@@ -279,6 +283,7 @@ class BlkBackend(Device):
         for state in self.queues:
             self._release_queue(state)
         self.queues = []
+        self.context.budget.give_back(str(self.ident))
         if self.journal is not None:
             if not keep:
                 self.journal.erase()

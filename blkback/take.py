@@ -22,7 +22,16 @@ from pvdrivers.worker.marks import mark_dead, req_at, ring_at, stats_at, worker_
 from pvdrivers.worker.pools import pop_block, reserve_bounce
 from pvdrivers.worker.records import BLOCK_IOV_AT, BLOCK_OPS_AT, POLICY_COPY, V_OVERFLOW
 from rings.atomics import copy_in, i64, records
-from rings.blkif import ABI_64, ENTRY_SIZE_32, ENTRY_SIZE_64, INDIRECT_64, OP_INDIRECT, to_native
+from rings.blkif import (
+    ABI_64,
+    ENTRY_SIZE_32,
+    ENTRY_SIZE_64,
+    INDIRECT_64,
+    MAX_SEGMENTS,
+    OP_INDIRECT,
+    REQUEST_64,
+    to_native,
+)
 from rings.jit import inline, kernel
 from rings.ring import CORRUPT, RING_END, available, slot
 from rings.ring import advance as advance_cons
@@ -54,10 +63,14 @@ def _prepare(wa: int, ra: int, qa: int, index: int, payload: int) -> bool:
     op = records(payload, 1, INDIRECT_64)[0]
     indirect = i64(op["operation"]) == OP_INDIRECT
     # As offered, whatever the request says: `plan` rejects more.
-    pages = min(i64(op["nr_segments"]), disk_at(ring["device"])["max_segments"]) if indirect else i64(11)
+    if indirect:
+        pages = min(i64(op["nr_segments"]), disk_at(ring["device"])["max_segments"])
+    else:
+        pages = min(i64(records(payload, 1, REQUEST_64)[0]["nr_segments"]), MAX_SEGMENTS)
     if indirect and worker_at(wa)["blocks_n"] == 0:
         return False
-    if ring["policy"] == POLICY_COPY and not reserve_bounce(wa, pages):
+    copied = ring["policy"] == POLICY_COPY or ring["pages"] + pages > ring["pages_limit"]
+    if copied and not reserve_bounce(wa, pages):
         return False
     block = pop_block(wa) if indirect else i64(0)
     req = req_at(qa)
@@ -66,6 +79,9 @@ def _prepare(wa: int, ra: int, qa: int, index: int, payload: int) -> bool:
     req["nseg"] = 0
     req["held"] = 0
     req["bounced"] = 0
+    req["copied"] = 1 if copied else 0
+    req["pages"] = 0 if copied else pages
+    ring["pages"] += req["pages"]
     req["block"] = block
     if indirect:
         req["segs"], req["ops"], req["iov"] = block, block + BLOCK_OPS_AT, block + BLOCK_IOV_AT

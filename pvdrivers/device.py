@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from .budget import Budget
 from .errors import ConfigError, ProtocolViolation, PvError
 from .platform import Platform, XenStore
 
@@ -286,7 +287,18 @@ class Context:
     workers: Workers
     run_dir: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The options of `pvdrivers serve`: journal (bool), spin (microseconds or None), strict (bool)."""
+    """The options of `pvdrivers serve`: journal (bool), spin (microseconds or None), strict (bool), grant_pages and
+    grant_pages_per_domain (see Budget)."""
+    budget: Budget = field(init=False)
+    """Of pages of guests that may be mapped: for all devices of this process."""
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(
+            self.run_dir,
+            getattr(self.platform, "grant_pages", None),
+            pages=self.options.get("grant_pages"),
+            per_domain=self.options.get("grant_pages_per_domain"),
+        )
 
 
 class Device(ABC):

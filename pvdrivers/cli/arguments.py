@@ -66,6 +66,19 @@ def _serve(verbs: Verbs) -> None:
         "--spin", type=natural, metavar="US", help="microseconds to poll before sleeping; 0 sleeps at once"
     )
     verb.add_argument(
+        "--grant-pages",
+        type=natural,
+        metavar="N",
+        help="pages of guests mapped at once, beyond which they are copied (default: what this host allows, shared with"
+        " others on the same run directory; no limit on the embedded Xen)",
+    )
+    verb.add_argument(
+        "--grant-pages-per-domain",
+        type=natural,
+        metavar="N",
+        help="the same for the disks of one guest (default: half of that)",
+    )
+    verb.add_argument(
         "--no-journal",
         dest="journal",
         action="store_false",

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         platform = open_platform("xen")
     try:
         pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0, software=args.io == "threads")
-        options = {"journal": args.journal, "spin": args.spin, "strict": args.strict}
+        options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
+                   "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
         context = Context(platform, pool, run_dir, options)
         host = Host(
             context,

@@ -72,8 +72,10 @@ def snapshot(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def _text(device: dict[str, Any]) -> Iterator[str]:
+    pages = device.get("grant_pages")
+    policy = device["policy"] + ("" if pages is None else f", at most {pages} pages mapped")
     yield (
-        f"{device['device']}  {device['uri']}  policy {device['policy']}  pid {device['pid']}"
+        f"{device['device']}  {device['uri']}  policy {policy}  pid {device['pid']}"
         f"  in flight {len(device['inflight'])}"
     )
     for q in device["queues"]:

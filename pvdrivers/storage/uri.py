@@ -54,6 +54,7 @@ class DiskSpec:
     queues: int = 4
     ring_order: int = 4
     indirect: int = 256
+    grant_pages: int = 0
     compat_4k: bool = False
     vdev: str = ""
 
@@ -185,6 +186,9 @@ OPTIONS: Final[dict[str, Option]] = {
     "queues": Option(*_number(1, 64), "at most so many rings"),
     "ring_order": Option(*_number(0, 4), "at most 2**n pages a ring"),
     "indirect": Option(*_number(0, 4096), "at most so many segments in an indirect request; 0: none offered"),
+    "grant_pages": Option(
+        *_number(0, 999_999_999), "at most so many pages of the guest mapped, the rest is copied; 0: see serve"
+    ),
     "compat_4k": Option(
         *_switch(),
         "sectors and ranges in units of sector_size, as QEMU and Windows have it, not of 512 bytes",

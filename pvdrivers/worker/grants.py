@@ -81,7 +81,7 @@ def _acquire_map(wa: int, n: int) -> None:
     count = i64(0)
     for i in range(n):
         req = req_at(reqs[i])
-        if req["nseg"] == 0:
+        if req["nseg"] == 0 or req["copied"] != 0:
             continue
         ring = ring_at(req["ring"])
         if count + req["nseg"] > w["max_ops"]:
@@ -122,12 +122,13 @@ def _bounce(wa: int, qa: int, copies: int) -> int:
 
 @kernel
 def _acquire_bounce(wa: int, n: int) -> None:
-    """Bounce pages for pass_reqs[:n], and for writes the data in them. The pages were reserved."""
+    """Bounce pages for those of pass_reqs[:n] that are copied, and for writes the data in them. They were reserved."""
     w = worker_at(wa)
     reqs = records(w["pass_reqs"], n, _I8)
     copies = i64(0)
     for i in range(n):
-        if req_at(reqs[i])["nseg"] > 0:
+        req = req_at(reqs[i])
+        if req["nseg"] > 0 and req["copied"] != 0:
             copies = _bounce(wa, reqs[i], copies)
     copy_batch(wa, copies)
     w["bounce_reserved"] = 0
@@ -210,11 +211,10 @@ def acquire(wa: int, ra: int, n: int) -> None:
     """Get the pages of pass_reqs[:n], all of ring `ra`, and build their iovecs. A request with nseg 0 needs none."""
     w = worker_at(wa)
     reqs = records(w["pass_reqs"], n, _I8)
-    if ring_at(ra)["policy"] == POLICY_COPY:
-        _acquire_bounce(wa, n)
-    else:
+    if ring_at(ra)["policy"] != POLICY_COPY:
         _acquire_map(wa, n)
         _fall_back(wa, ra, n)
+    _acquire_bounce(wa, n)
     for i in range(n):
         req = req_at(reqs[i])
         if req["nseg"] > 0 and req["failed"] == 0:
@@ -257,6 +257,8 @@ def release(wa: int, qa: int) -> None:
     while qa != 0:
         req = req_at(qa)
         n = _let_go(wa, qa, n)
+        ring["pages"] -= req["pages"]
+        req["pages"] = 0
         if req["block"] != 0:
             push_block(wa, req["block"])
             req["block"] = 0

@@ -146,6 +146,8 @@ RING = np.dtype(
         ("domid", "i8"),  # whose grefs its requests name
         ("policy", "i8"),  # POLICY_*
         ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
+        ("pages_limit", "i8"),  # pages that requests in flight may have mapped; who would exceed it is copied
+        ("pages", "i8"),  # ... and may have now
         ("keep_ns", "i8"),  # how long it keeps a page that is not used
         ("fetch_copies", "i8"),  # what is read once is copied: to map the pages did not do
         ("purged", "i8"),  # ns: when it last looked for such pages
@@ -176,6 +178,8 @@ REQ = np.dtype(
         ("n_iov", "i8"),  # neighbours are merged
         ("nbytes", "i8"),
         ("held", "i8"),  # 1: pages are held, release them
+        ("copied", "i8"),  # 1: nothing is mapped for it, bounce pages were reserved
+        ("pages", "i8"),  # what it may have mapped, of its ring's pages_limit
         ("block", "i8"),  # the BLOCK it has, or 0
         ("bounced", "i8"),  # bounce pages it has; their addresses are in the ops
     ],

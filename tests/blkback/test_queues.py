@@ -114,7 +114,7 @@ class Queues:
         ring["journal"], ring["records"] = self.journal.queue_address(q), self.journal.records_address(q)
         ring["record_size"] = JOURNAL_RECORD.itemsize
         ring["reqs"], ring["req_size"] = self.reqs[q].address, BLK_REQ.itemsize
-        ring["free"] = self.free[q].ctypes.data
+        ring["free"], ring["pages_limit"] = self.free[q].ctypes.data, 1 << 40
         if policy == POLICY_PERSISTENT:
             cache, memory = new_cache(6, 4)
             ring["cache"], ring["keep_ns"] = cache.ctypes.data, 60_000_000_000
@@ -309,4 +309,32 @@ def test_indirect_pages_are_kept_with_persistent_grants(policy: int, tmp_path: P
     assert set(queues.bed.pages[0][: PAGE // 8]) == {0x77}
     assert queues.bed.counts[0]["maps"] == (1 + 16 if policy == POLICY_PERSISTENT else 3 * 16)
     assert queues.bed.mapped.sum() == (3 if policy == POLICY_PERSISTENT else 0)
+    queues.bed.check()
+
+
+@pytest.mark.parametrize("bounce", [16, 2])
+def test_what_may_not_be_mapped_is_copied(bounce: int, tmp_path: Path) -> None:
+    """Two queues may have four and no pages mapped. Who finds no bounce pages waits, and nothing fails."""
+    queues = Queues(tmp_path / "journal", bounce=bounce)
+    queues.rings["pages_limit"] = [4, 0]
+    for q, most in ((0, 4), (1, 0)):
+        before = int(queues.bed.counts[0]["maps"])
+        for operation, value in ((blkif.OP_WRITE, 0x31), (blkif.OP_READ, 0x32)):
+            queues.store[: 2 * PAGE] = value
+            queues.bed.pages[:] = np.arange(SLOTS)[:, None]
+            for grefs in ([0, 1], [2], [3, 4], [5, 6]):  # two in the end, that the last one is seen
+                queues.put(q, operation, grefs)
+            queues.run(4)
+            assert queues.answers(q) == [0] * 4
+            if operation == blkif.OP_READ:
+                assert (queues.bed.pages[:7] == value).all()
+            else:
+                assert set(queues.store[: 2 * PAGE].tolist()) == {5, 6}
+        mapped = int(queues.bed.counts[0]["maps"]) - before
+        assert (mapped > 0) == (most > 0)
+        if bounce == 16:
+            # Pages 0, 1, 2 of each pass; the request after them would be the fourth and fifth.
+            assert mapped == 2 * min(most, 3) and queues.stats[q]["grants_copied"] == 2 * (7 - min(most, 3))
+    assert not queues.rings["pages"].any() and queues.bed.worker[0]["bounce_n"] == bounce
+    assert not queues.stats["errors"].any() and not queues.bed.mapped.any()
     queues.bed.check()

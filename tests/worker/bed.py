@@ -280,7 +280,7 @@ class Bed:
         ring = self.ring[0]
         ring["state"], ring["worker"], ring["domid"] = RING_ACTIVE, self.wa, DOMID
         ring["policy"], ring["stats"] = self.policy, self.stats.ctypes.data
-        ring["keep_ns"] = 60_000_000_000
+        ring["keep_ns"], ring["pages_limit"] = 60_000_000_000, 1 << 40
         if self.policy == POLICY_PERSISTENT:
             self.cache, memory = new_cache(bound, 4)
             self._keep += memory
@@ -304,7 +304,8 @@ class Bed:
             return False
         r = self.reqs[slot]
         r["ring"], r["to_guest"], r["nseg"] = self.ra, to_guest, len(segments)
-        r["failed"] = r["held"] = r["bounced"] = r["n_iov"] = 0
+        r["failed"] = r["held"] = r["bounced"] = r["n_iov"] = r["pages"] = 0
+        r["copied"] = self.ring[0]["policy"] == POLICY_COPY
         r["segs"], r["ops"] = self.segs[slot].ctypes.data, self.held[slot].ctypes.data
         r["iov"], r["block"] = self.iovs[slot].ctypes.data, 0
         where = self.segs[slot]
