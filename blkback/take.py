@@ -167,7 +167,7 @@ def take(wa: int, ra: int, budget: int) -> int:
     advance_cons(ring["end"], taken)
     commit_consumed(ring, e["cons"])
     ring["inflight"] += taken
-    note_taken(ra)
+    note_taken(ra, taken)
     if taken > 0:
         checkpoint(w, STEP_CONSUMED)
     return taken

@@ -29,6 +29,9 @@ def _nr(x86: int, arm: int) -> int:
     return x86 if _X86 else arm
 
 
+CYCLES: Final = _X86
+"""Whether cycle_counter() may be used here."""
+
 NR_READ: Final = _nr(0, 63)
 NR_WRITE: Final = _nr(1, 64)
 NR_MMAP: Final = _nr(9, 222)
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     def syscall(nr: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int: ...
     def _scratch16() -> int: ...
     def _clock_gettime(clock: int, addr: int) -> int: ...
+    def cycle_counter() -> int: ...
 
 elif JIT:
     import llvmlite.binding as _llvm
@@ -142,6 +146,16 @@ elif JIT:
 
         return types.int32(types.int32, types.int64), codegen
 
+    @intrinsic
+    def cycle_counter(typingctx: Any) -> Any:
+        """The processor's cycle counter (rdtsc). On arm64 user space may not have it: see CYCLES."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            fnty = ir.FunctionType(_I64, [])
+            return builder.call(builder.module.declare_intrinsic("llvm.readcyclecounter", (), fnty), [])
+
+        return types.int64(), codegen
+
 else:
     import ctypes
     import threading
@@ -168,6 +182,9 @@ else:
         store64(addr, seconds)
         store64(addr + 8, nanoseconds)
         return 0
+
+    def cycle_counter() -> int:
+        return time.perf_counter_ns()
 
 
 @inline

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pvdrivers.platform import XenStore
 
 _MOST_WORKERS = 4
+_COALESCE_US = 200
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         platform = open_platform("xen")
     try:
-        pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0, software=args.io == "threads")
+        pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0,
+                          coalesce_us=_coalesce(args.coalesce, embedded), software=args.io == "threads")  # fmt: skip
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
                    "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
         context = Context(platform, pool, run_dir, options)
@@ -83,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         platform.close()
     return 0
+
+
+def _coalesce(asked: int | None, embedded: bool) -> int:
+    return asked if asked is not None else 0 if embedded else _COALESCE_US
 
 
 def _workers() -> int:

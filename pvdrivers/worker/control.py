@@ -21,6 +21,7 @@ from pvdrivers.errors import PlatformError, PvError
 from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
+from pvdrivers.syscalls import CYCLES
 from rings.jit import compile_for
 
 from . import loop
@@ -39,7 +40,7 @@ from .records import (
     WORKER,
     ZERO_BYTES,
 )
-from .words import load_word, store_word
+from .words import count_cycles, load_word, store_word
 
 MAX_RINGS = 1024
 MAX_PORTS = 131072
@@ -57,6 +58,7 @@ CQ_ENTRIES = 8192
 INTERRUPT = signal.SIGUSR2
 """Ends a system call of a worker that a guest holds up; see `events`."""
 HELD_UP_S = 0.1
+_CALIBRATION_S = 0.005
 
 
 class Memory:
@@ -98,7 +100,8 @@ class RingHandle:
 class Worker:
     """One data-plane thread with an event channel handle, an io_uring and up to MAX_RINGS rings."""
 
-    def __init__(self, platform: Platform, index: int, alert_fd: int, *, spin_us: int = 0, software: bool = False):
+    def __init__(self, platform: Platform, index: int, alert_fd: int, *, spin_us: int = 0, coalesce_us: int = 0,
+                 software: bool = False) -> None:  # fmt: skip
         self.index = index
         self.platform = platform
         self.events = platform.open_events()
@@ -114,6 +117,8 @@ class Worker:
         self._alert_fd = alert_fd
         self._ended = ""
         self._fill(alert_fd, spin_us)
+        if coalesce_us > 0:
+            self._coalesce(coalesce_us)
 
     def _fill(self, alert_fd: int, spin_us: int) -> None:
         w = self._record[0]
@@ -146,6 +151,18 @@ class Worker:
         step, _, count = os.environ.get("PVDRIVERS_TEST_KILL", "0").partition(":")
         w["kill_step"], w["kill_count"] = int(step), int(count or 1)
         w["reverse"] = int(os.environ.get("PVDRIVERS_TEST_REVERSE", "0"))
+
+    def _coalesce(self, microseconds: int) -> None:
+        """Have the loop nap, see `nap`; and tell the time by the processor, which takes no system call anywhere."""
+        w = self._record[0]
+        w["nap_ns"] = microseconds * 1000
+        if CYCLES:
+            before, began = time.monotonic_ns(), count_cycles()
+            time.sleep(_CALIBRATION_S)
+            after, ended = time.monotonic_ns(), count_cycles()
+            if ended > began:
+                w["cycle_scale"] = ((after - before) << 20) // (ended - began)
+                w["cycle_limit"] = (ended - began) * int(0.01 / _CALIBRATION_S)
 
     def _new(self, size: int) -> Memory:
         memory = Memory(size)
@@ -287,12 +304,14 @@ class Worker:
 class WorkerPool:
     """All workers of a process. Implements pvdrivers.device.Workers."""
 
-    def __init__(self, platform: Platform, count: int = 1, *, spin_us: int = 0, software: bool = False) -> None:
+    def __init__(self, platform: Platform, count: int = 1, *, spin_us: int = 0, coalesce_us: int = 0,
+                 software: bool = False) -> None:  # fmt: skip
         if count < 1 or count > 64:
             raise PlatformError(f"{count} workers: from 1 to 64, one a core at the most")
         self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.workers = [
-            Worker(platform, i, self.alert_fd, spin_us=spin_us, software=software) for i in range(count)
+            Worker(platform, i, self.alert_fd, spin_us=spin_us, coalesce_us=coalesce_us, software=software)
+            for i in range(count)
         ]
         self._next = 0
         self._stopped = threading.Event()
@@ -357,3 +376,4 @@ def warm() -> None:
     compile_for(enable, 1)
     compile_for(load_word, 1)
     compile_for(store_word, 2)
+    compile_for(count_cycles, 0)

@@ -63,8 +63,9 @@ def allowance(wa: int, ra: int) -> int:
 
 
 @inline
-def note_taken(ra: int) -> None:
-    """Requests were taken: remember the most that were in flight."""
+def note_taken(ra: int, n: int) -> None:
+    """`n` requests were taken: remember the most that were in flight."""
     ring = ring_at(ra)
+    worker_at(ring["worker"])["taken"] += n
     if ring["inflight"] > ring["peak"]:
         ring["peak"] = ring["inflight"]

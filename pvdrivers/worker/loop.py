@@ -6,7 +6,7 @@ most one system call besides those that a full chunk of I/O asks for:
     reap      completions: I/O is handed back to its ring, an event marks its ring ready
     finish    rings with finished I/O: release, respond, notify          (class: RING.finish)
     serve     rings with something pending: take, plan, acquire, submit  (class: RING.step)
-    rest      nothing left: arm the events, look once more, and wait once for everything
+    rest      nothing left: arm the events, look once more, and wait once for everything; or nap, see `nap`
 
 It leaves only when told to stop, or when io_uring itself fails.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, reap, wait
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
-from pvdrivers.syscalls import EINTR, clock_monotonic, sched_yield
+from pvdrivers.syscalls import EINTR, sched_yield
 from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
@@ -29,6 +29,7 @@ from rings.ring import available, final_check
 from .events import unmask, unmask_now
 from .fair import look_around
 from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
+from .nap import is_deep, nap_length, now_ns
 from .records import (
     RING_ACTIVE,
     RING_ATTACHING,
@@ -228,8 +229,10 @@ def _poll_active(wa: int) -> int:
 
 
 @kernel
-def _arm(wa: int) -> int:
+def _arm(wa: int, napping: int) -> int:
     """Ask every active ring's peer to wake us by its next request; how many had one already. See final_check.
+
+    Before a nap those stay as they are whose requests are to come together.
 
     Events are let in again here, and not before: a worker that goes round looks at its rings anyway, so that a storm
     costs its sender a visit each, not us a wake-up each.
@@ -242,6 +245,10 @@ def _arm(wa: int) -> int:
         ra = w["active_head"]
         ring = ring_at(ra)
         w["active_head"] = ring["next_active"]
+        if napping != 0 and ring["state"] == RING_ACTIVE and ring["blocked"] == 0 and is_deep(wa, ra):
+            ring["next_active"] = keep
+            keep = ra
+            continue
         # A blocked ring has requests that it cannot take now; what unblocks it marks it ready.
         if ring["state"] == RING_ACTIVE and ring["blocked"] == 0 and final_check(ring["end"]) != 0:
             mark_ready(wa, ra)
@@ -272,7 +279,7 @@ def run(wa: int) -> int:
     while load_acquire64(wa) == 0:  # WORKER.stop is the first field
         w["passes"] += 1
         n = reap(u)
-        w["now"] = clock_monotonic()
+        w["now"] = now_ns(wa)
         look_around(wa)
         if n > 0:
             _handle_completions(wa, n)
@@ -283,7 +290,7 @@ def run(wa: int) -> int:
         if w["leaving"] != 0:
             # Not only before a sleep: a busy worker may never come to one, and its lists never be empty.
             w["leaving"] = 0
-            _arm(wa)
+            _arm(wa, 0)
             _look_at_rings(wa)
         if w["ready_head"] != 0 or w["done_head"] != 0:
             continue
@@ -293,13 +300,17 @@ def run(wa: int) -> int:
             if w["now"] < busy_until:
                 pause()
                 continue
-        if _arm(wa) > 0:
+        nap = nap_length(wa) if n > 0 or served > 0 else i64(0)
+        if _arm(wa, nap) > 0:
             continue
         if w["leaving"] != 0:
             continue
-        w["sleeps"] += 1
-        n = wait(u, HOUSEKEEPING_NS)
-        if n == 0:
+        if nap > 0:
+            w["naps"] += 1
+        else:
+            w["sleeps"] += 1
+        n = wait(u, nap if nap > 0 else HOUSEKEEPING_NS)
+        if n == 0 and nap == 0:
             _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
         if n == -EAGAIN or n == -EBUSY:
             # Short of memory, or of room for completions: nothing is lost, it is all still queued.

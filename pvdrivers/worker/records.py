@@ -45,6 +45,15 @@ WORKER = np.dtype(
         ("done_head", "i8"),  # list of rings with finished I/O, by RING.next_done
         ("active_head", "i8"),  # list of rings whose events are not armed, by RING.next_active
         ("spin_ns", "i8"),
+        ("nap_ns", "i8"),  # see nap: how long requests of a deep queue may be waited for; 0 never
+        ("gap_ns", "i8"),  # ... from one request to the next, lately
+        ("taken", "i8"),  # requests taken, by all rings
+        ("nap_taken", "i8"),  # ... when the gap was looked at last
+        ("nap_at", "i8"),  # ns: when that was
+        ("cycle_scale", "i8"),  # ns a cycle, by 2**20; 0: the clock is asked
+        ("cycle_limit", "i8"),  # cycles after which it is asked again
+        ("cycle_at", "i8"),  # the counter, and
+        ("cycle_ns", "i8"),  # ... the clock at that time
         ("budget", "i8"),  # requests a ring may take in one visit
         ("now", "i8"),  # CLOCK_MONOTONIC, ns, once a pass
         ("inflight", "i8"),  # requests submitted to the store and not back
@@ -72,6 +81,7 @@ WORKER = np.dtype(
         ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
         ("passes", "i8"),
         ("sleeps", "i8"),
+        ("naps", "i8"),
         ("events", "i8"),
         ("calling", "i8"),  # ns: since when the worker is in a call that a guest can hold up; 0 it is in none
         ("short", "i8"),  # times that the kernel was short of memory for an I/O

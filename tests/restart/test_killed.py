@@ -76,6 +76,7 @@ def test_killed_three_times(bed: Callable[..., Bed], tmp_path: Path) -> None:
     (6, "", ("--io", "threads"), {"queues": 1, "ring_order": 1}),
     (7, "", (), {"queues": 1, "ring_order": 1, "abi": "x86_32", "indirect": False}),
     (8, "", (), {"queues": 1, "ring_order": 2, "trusted": False}),
+    (14, ",direct=no", ("--coalesce", "2000"), {"queues": 2, "ring_order": 1}),
 ])
 def test_killed_often(
     bed: Callable[..., Bed], tmp_path: Path, seed: int, options: str, words: tuple[str, ...], front: dict[str, object]

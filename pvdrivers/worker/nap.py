@@ -1,0 +1,85 @@
+"""A nap instead of a sleep: where each wake-up costs system calls, requests of a deep queue are let come together.
+
+A guest that keeps many requests going and is slower than we are would have us woken for each: a wait, an event to take,
+to let in again, and one to send, all for one request. So after a pass the rings of such guests stay unarmed, and the
+worker waits for a moment without them: for as long as the guest needs, at its rate, for half of what it keeps going.
+Then it finds that half on the ring, in one visit, with no event at all. A guest with few requests is not made to wait,
+and its ring is armed meanwhile.
+
+How deep a guest's queue is it says itself: rsp_event stands behind the last response that it has consumed. If that is
+a lie, it is the liar who waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pvdrivers.syscalls import clock_monotonic, cycle_counter
+from rings.atomics import i64, load_once32, records
+from rings.jit import inline, kernel
+from rings.ring import RING_END
+
+from .marks import ring_at, worker_at
+from .records import RING_ACTIVE
+
+DEEP = 8
+"""From so many requests on that a guest keeps going it is worth it to wait for more."""
+LEAST_NS = 20_000
+"""A shorter nap than this takes longer than it says."""
+
+
+@inline
+def depth(ra: int) -> int:
+    """How many requests the guest behind a ring keeps going: put there, and the response not consumed yet."""
+    ring = ring_at(ra)
+    e: Any = records(ring["end"], 1, RING_END)[0]
+    n = (i64(load_once32(e["peer_prod"])) - i64(load_once32(e["prod_event"])) + 1) & 0xFFFFFFFF
+    return n if n <= ring["nr_ents"] else i64(0)
+
+
+@inline
+def is_deep(wa: int, ra: int) -> bool:
+    """Whether a ring may stay unarmed for a nap."""
+    return worker_at(wa)["nap_ns"] > 0 and depth(ra) >= DEEP
+
+
+@kernel
+def nap_length(wa: int) -> int:
+    """Nanoseconds to wait for requests to come together, 0: not at all. Once after each pass that did something."""
+    w = worker_at(wa)
+    if w["nap_ns"] == 0:
+        return i64(0)
+    taken = w["taken"] - w["nap_taken"]
+    if taken > 0:
+        gap = (w["now"] - w["nap_at"]) // taken
+        # A mean over some passes; a pause of the guest counts for no more than the longest nap.
+        w["gap_ns"] += (min(gap, w["nap_ns"]) - w["gap_ns"]) >> 2
+        w["nap_taken"], w["nap_at"] = w["taken"], w["now"]
+    deepest = i64(0)
+    ra = w["active_head"]
+    while ra != 0:
+        ring = ring_at(ra)
+        if ring["state"] == RING_ACTIVE and ring["blocked"] == 0:
+            deepest = max(deepest, depth(ra))
+        ra = ring["next_active"]
+    if deepest < DEEP:
+        return i64(0)
+    length = min(w["nap_ns"], deepest * w["gap_ns"] >> 1)
+    return length if length >= LEAST_NS else i64(0)
+
+
+@kernel
+def now_ns(wa: int) -> int:
+    """CLOCK_MONOTONIC, or near it: where reading it is a system call (Xen's clock source often is), the processor's
+    counter stands in between two readings that are at most ten milliseconds apart."""
+    w = worker_at(wa)
+    if w["cycle_scale"] == 0:
+        return clock_monotonic()
+    cycles = cycle_counter()
+    passed = cycles - w["cycle_at"]
+    if passed < 0 or passed >= w["cycle_limit"]:
+        w["cycle_ns"] = clock_monotonic()
+        w["cycle_at"] = cycles
+        passed = i64(0)
+    # Never backwards: latencies are differences.
+    return max(w["now"], w["cycle_ns"] + (passed * w["cycle_scale"] >> 20))
