@@ -18,7 +18,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full test-slow test-nojit test-boundscheck lint lint-tools \
-	fuzz bench warm clean distclean
+	test-xen test-xen-quick fuzz bench warm clean distclean
 # The targets share one machine, and their output is read from top to bottom.
 .NOTPARALLEL:
 
@@ -45,6 +45,12 @@ test-slow: setup ## run only the tests that 'make test' leaves out
 test-full: setup lint-tools test-nojit test-boundscheck ## run everything, in under fifteen minutes
 	@echo "test: the whole suite"
 	@$(PYTEST) $(SAME) $(ARGS)
+
+test-xen-quick: setup ## two minutes of test-xen, when its images are there
+	@$(BIN)/python -m tests.xen.bed run --seconds 900 -- -v tests/xen -m xen_quick $(ARGS)
+
+test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12)
+	@$(BIN)/python -m tests.xen.bed run --seconds 1800 -- -v tests/xen tests/platform $(ARGS)
 
 test-nojit: setup
 	@echo "test: rings and requests with the JIT off"

@@ -1,0 +1,48 @@
+"""Collected in dom0 only; on any other machine this directory has no tests. `make test-xen` boots one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+ON_XEN = os.path.exists("/dev/xen/gntdev") and os.path.isdir("/bed/guests")
+collect_ignore_glob = [] if ON_XEN else ["test_*.py"]
+
+if ON_XEN:
+    from .guests import Guest
+    from .serve import Serve
+    from .stores import Stores
+
+    @pytest.fixture
+    def stores(tmp_path: Path) -> Iterator[Stores]:
+        """Files in memory and loop devices; gone with the test."""
+        with Stores(tmp_path) as made:
+            yield made
+
+    @pytest.fixture
+    def guest() -> Iterator[Callable[..., Guest]]:
+        """Makes guests, see Guest; destroyed with the test, their consoles shown when it failed."""
+        with ExitStack() as stack:
+            yield lambda *words, **more: stack.enter_context(Guest(*words, **more))
+
+    @pytest.fixture(scope="module")
+    def module_guest() -> Iterator[Callable[..., Guest]]:
+        """The same for a guest that the tests of one file share."""
+        with ExitStack() as stack:
+            yield lambda *words, **more: stack.enter_context(Guest(*words, **more))
+
+    @pytest.fixture
+    def serve() -> Iterator[Callable[..., Serve]]:
+        """Starts daemons, see Serve; stopped with the test."""
+        with ExitStack() as stack:
+            yield lambda *words, **more: stack.enter_context(Serve(*words, **more))
+
+    @pytest.fixture(scope="module")
+    def module_serve() -> Iterator[Callable[..., Serve]]:
+        """The same for a daemon that the tests of one file share: a start takes seconds under emulation."""
+        with ExitStack() as stack:
+            yield lambda *words, **more: stack.enter_context(Serve(*words, **more))
