@@ -249,12 +249,14 @@ class Worker:
             row["event_fd"] = -1
         else:
             row["event_fd"], row["event_token"] = self.events.source(port)
-        self._ports[port] = index
         return handle
 
     def attach(self, handle: RingHandle) -> None:
         """The record is filled in: the worker serves it from now on."""
         store_word(handle.address, RING_ATTACHING)
+        # Not before: a port is pending as soon as it is bound, and where all ports share one fd the worker would
+        # take that event to a record that is not filled in. An event that comes too early is let in again.
+        self._ports[handle.port] = handle.index
         self.ring_doorbell()
 
     def drop(self, handle: RingHandle) -> None:

@@ -1,0 +1,45 @@
+"""Which events a worker takes to which ring."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from pvdrivers.worker import loop
+from pvdrivers.worker.control import Worker
+from pvdrivers.worker.records import STATS
+from rings.jit import kernel
+from tests.platform.conftest import Bed
+
+
+@kernel
+def collect(worker: int, token: int) -> None:
+    loop._collect_events(worker, token)
+
+
+def test_an_event_that_comes_before_its_ring_is_filled_in(bed: Bed) -> None:
+    # Binding makes a port pending, and on Xen one fd tells of all ports: the worker learns of it at once.
+    alert, stats = os.eventfd(0), np.zeros(1, STATS)
+    worker = Worker(bed.back, 0, alert)
+    try:
+        theirs = bed.front.open_events()
+        remote = theirs.alloc_unbound(bed.back.domid)
+        port = worker.events.bind_interdomain(bed.front.domid, remote)
+        theirs.notify(remote)
+        handle = worker.new_ring(None, port)
+        shared = worker.record["event_fd"] >= 0
+        token = int((worker if shared else handle).record["event_token"])
+        handle.record["stats"] = stats.ctypes.data  # it would be written to through a null pointer otherwise
+        collect(worker.address, token)
+        assert stats[0]["events"] == 0 and handle.record["masked"] == 0
+
+        worker.attach(handle)
+        theirs.notify(remote)  # the port was let in again
+        collect(worker.address, token)
+        assert stats[0]["events"] == 1 and handle.record["masked"] == 1
+        worker.drop(handle)
+        theirs.close()
+    finally:
+        worker.stop()
+        os.close(alert)
