@@ -338,7 +338,10 @@ class QueueState:
 
 def warm() -> None:
     """Compile all that serves a disk, before the first InitWait."""
+    # Nothing is imported later: by then a newer version may lie where this one came from.
+    from pvdrivers.storage import file_store
+
     from . import attach, queue
 
     attach.warm()
-    del queue
+    del queue, file_store

@@ -269,6 +269,9 @@ class Workers(Protocol):
 
     def stop(self) -> None: ...
 
+    def alive(self) -> bool:
+        """Whether each has gone round its loop since the last call; has them go round it again."""
+
     def alerts(self) -> Sequence[tuple[Any, str]]:
         """Takes what there is: the Device given at attach, and its guest's violation; quiets `alert_fd`.
 

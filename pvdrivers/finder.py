@@ -59,8 +59,8 @@ class Finder:
         """Directories that are not served, and why."""
         self.unwatched: dict[Key, Life] = {}
         """Devices whose frontends are looked at every second: xenstore lets us watch no more."""
-        self.patient = False
-        """Who has the devices is about to hand them over: that is no error, however long it takes."""
+        self.passive = False
+        """Devices are found, and not claimed: who has them is going to hand them over."""
         self._host = host
         self._kernel_drivers = kernel_drivers
         self._top = f"/local/domain/{host.context.platform.domid}/backend/"
@@ -162,6 +162,9 @@ class Finder:
         if ident is None:
             return
         self.refused.pop(key, None)
+        if self.passive:
+            self.waiting.setdefault(key, self._new_waiting(key))
+            return
         try:
             host.claims.take(ident)
         except (DeviceBusyError, PlatformError) as e:
@@ -185,16 +188,26 @@ class Finder:
         host = self._host
         waiting = self.waiting.get(key)
         if waiting is None:
-            backoff = Backoff(host, lambda: self._try(*key), *_CLAIM_AGAIN)
-            waiting = self.waiting[key] = _Waiting(backoff, host.now() + PREDECESSOR_SECONDS, not host.started)
+            waiting = self.waiting[key] = self._new_waiting(key)
             host.changed(None)
         waiting.error = str(error)
-        if host.now() >= waiting.deadline and not waiting.told and not self.patient:
+        if host.now() >= waiting.deadline and not waiting.told:
             waiting.told = True
             log.error("%s", error)
             if not host.lives and all(other.told and other.at_start for other in self.waiting.values()):
                 host.fail(error)
         waiting.backoff.again()
+
+    def _new_waiting(self, key: Key) -> _Waiting:
+        backoff = Backoff(self._host, lambda: self._try(*key), *_CLAIM_AGAIN)
+        return _Waiting(backoff, self._host.now() + PREDECESSOR_SECONDS, not self._host.started)
+
+    def take_waiting(self) -> None:
+        """Who had the devices that are waited for has ended."""
+        keys = list(self.waiting)
+        self.waiting.clear()
+        for key in keys:
+            self._try(*key)
 
     # Events of the store
 

@@ -58,6 +58,12 @@ class Host:
         self.started = False
         """Everything that was there at the start is in hand."""
         self.stopping = False
+        self.listeners: list[Callable[[Life | None], None]] = []
+        """Called when a device has changed in some way; None: one that is not served."""
+        self.released: Callable[[Life, float | None], None] = lambda life, stopped: None
+        """Called at a hand-over with each device that is free for another process, and when it was stopped."""
+        self.refreshed: Callable[[], None] = lambda: None
+        """Called when all that refresh() asks for is under way."""
         self._connect_store = connect_store
         self._timers = Timers()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -143,6 +149,15 @@ class Host:
             self._refreshing = False
             for life in list(self.lives.values()):
                 life.refresh()
+            self.refreshed()
+
+    def hear(self, fd: int, call: Callable[[], None]) -> None:
+        """Have `call` called whenever `fd` is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, call)
+
+    def unhear(self, fd: int) -> None:
+        """No more of that."""
+        self._selector.unregister(fd)
 
     def _alerted(self) -> None:
         try:
@@ -168,8 +183,14 @@ class Host:
 
     def _hand_over(self) -> None:
         left = set(self.lives)
+
+        def done(key: Key, life: Life, stopped: float | None) -> None:
+            left.discard(key)
+            self.claims.drop(life.ident)
+            self.released(life, stopped)
+
         for key, life in list(self.lives.items()):
-            life.hand_over(partial(left.discard, key))
+            life.hand_over(partial(done, key, life, self.now() if life.connected else None))
         deadline = self.now() + HAND_OVER_SECONDS
         while left and self.now() < deadline:
             self._turn(min(x for x in (deadline - self.now(), self._timers.timeout()) if x is not None))
@@ -209,7 +230,8 @@ class Host:
         self.changed(life)
 
     def changed(self, life: Life | None) -> None:
-        pass
+        for call in self.listeners:
+            call(life)
 
     def fail(self, error: PvError) -> None:
         """Have run() end with this error."""
@@ -255,13 +277,17 @@ class Host:
         self.finder.attach()
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Of each device: where its handshake is, and what its class counts."""
+        """Of each device: where its handshake is and since when (seconds since the epoch), what is not as it should be,
+        how often that was so, and what its class counts."""
         return {
             str(life.ident): {
                 "state": life.state.name,
+                "since": life.troubles.since,
                 "connected": life.connected,
                 "violations": life.violations,
                 "error": life.error,
+                "troubles": dict(life.troubles.now),
+                "counts": dict(life.troubles.counts),
                 **life.device.stats(),
             }
             for life in self.lives.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -34,6 +35,8 @@ class Troubles:
         self.now: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         """How often each kind has come up."""
+        self.since = time.time()
+        """When the device came to the state that it is in."""
         self._name = name
         self._control = control
         self._states = 0  # how many the device has been in
@@ -59,6 +62,7 @@ class Troubles:
     def went(self, state: XenbusState) -> None:
         """The device is in this state from now on."""
         self.over("guest")
+        self.since = time.time()
         self._states += 1
         if state in _GUEST_TO_MOVE:
             self._control.later(SLOW_SECONDS, partial(self._still, state, self._states))

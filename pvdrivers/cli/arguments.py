@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, *disks.VERBS):
+    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, _upgrade, *disks.VERBS):
         declare(verbs)
     return top
 
@@ -198,6 +198,19 @@ def _stats(verbs: Verbs) -> None:
     run_dir_option(verb)
     verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
     verb.add_argument("--inflight", action="store_true", help="list the requests under way, and for how long")
+
+
+def _upgrade(verbs: Verbs) -> None:
+    verb = new_verb(verbs, "upgrade", "have newly started daemons take over from the running ones, under I/O")
+    run_dir_option(verb)
+    verb.add_argument("--pid", type=positive, metavar="PID", help="only this daemon (default: all that run there)")
+    verb.add_argument(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long a new one may compile; then the old one stays (default: %(default)s)",
+    )
 
 
 def _warm(verbs: Verbs) -> None:

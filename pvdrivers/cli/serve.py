@@ -6,20 +6,24 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvdrivers.errors import PlatformError
+from pvdrivers.link import link_of_successor, send
+from pvdrivers.notify import Notifier
 
 from . import where
 
 if TYPE_CHECKING:
+    from pvdrivers.device import Context, Device
     from pvdrivers.host import Host
-    from pvdrivers.platform import XenStore
+    from pvdrivers.platform import Platform, XenStore
 
 _MOST_WORKERS = 4
 _COALESCE_US = 200
@@ -28,63 +32,94 @@ _COALESCE_US = 200
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; SIGHUP has every device look at its size again."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="pvdrivers: %(levelname).1s %(message)s")
+    link = link_of_successor()
+    try:
+        _serve(args, Notifier(), link)
+    except OSError as e:
+        send(link, event="failed", why=str(e))
+        raise PlatformError(str(e)) from e
+    except Exception as e:
+        send(link, event="failed", why=str(e))
+        raise
+    return 0
+
+
+def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | None) -> None:
     began = time.monotonic()
     run_dir: Path = args.run_dir
     embedded = where.embedded(run_dir)
+    with ExitStack() as stack:
+        with notifier.patience("compiling"):
+            # Heavy from here on. Everything is compiled before the first InitWait: a guest never waits for a compiler.
+            table = _classes(args, embedded)
+            warm = time.monotonic() - began
 
-    # Heavy from here on. Everything is compiled before the first InitWait: a guest never waits for a
-    # compiler.
+            from pvdrivers.device import Context
+            from pvdrivers.worker.control import WorkerPool
+
+            _make(run_dir)
+            platform = _platform(args, embedded)
+            stack.callback(platform.close)
+            pool = WorkerPool(
+                platform,
+                args.workers or _workers(),
+                spin_us=args.spin or 0,
+                coalesce_us=_coalesce(args.coalesce, embedded),
+                software=args.io == "threads",
+            )
+        options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
+                   "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
+        host = _host(args, Context(platform, pool, run_dir, options), table, embedded)
+        stack.callback(host.close)
+        service = stack.enter_context(_service(host, run_dir, notifier, link))
+
+        def ready(devices: int) -> None:
+            print(f"ready: {devices} device{'' if devices == 1 else 's'}, kernels warm in {warm:.2f} s", flush=True)
+            service()
+
+        with _signals(host, notifier):
+            pool.start()
+            try:
+                host.run(ready)
+            finally:
+                pool.stop()
+
+
+def _classes(args: argparse.Namespace, embedded: bool) -> dict[str, type[Device]]:
     from pvdrivers import classes
-    from pvdrivers.device import Context
-    from pvdrivers.host import Host
-    from pvdrivers.platform import open_platform
-    from pvdrivers.worker.control import WorkerPool
 
     names, notes = (args.classes, []) if embedded else classes.beside_kernel(args.classes)
     for note in notes:
         logging.getLogger("pvdrivers.host").warning("%s", note)
     table = classes.load_all(names)
     classes.warm(table)
-    warm = time.monotonic() - began
+    return table
 
+
+def _make(run_dir: Path) -> None:
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
         text = f"run directory {run_dir}: cannot be made: {e.strerror}; name another with --run-dir"
         raise PlatformError(text) from e
-    if embedded:
-        platform = open_platform("sim", run_dir=run_dir, strict=args.strict)
-    else:
-        platform = open_platform("xen")
-    try:
-        pool = WorkerPool(platform, args.workers or _workers(), spin_us=args.spin or 0,
-                          coalesce_us=_coalesce(args.coalesce, embedded), software=args.io == "threads")  # fmt: skip
-        options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
-                   "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
-        context = Context(platform, pool, run_dir, options)
-        host = Host(
-            context,
-            table,
-            domains=args.domains,
-            connect_store=_connector(run_dir, embedded),
-            kernel_drivers=None if embedded else classes.KERNEL_DRIVERS,
-        )
 
-        def ready(devices: int) -> None:
-            print(f"ready: {devices} device{'' if devices == 1 else 's'}, kernels warm in {warm:.2f} s", flush=True)
 
-        with _signals(host):
-            pool.start()
-            try:
-                host.run(ready)
-            finally:
-                pool.stop()
-        host.close()
-    except OSError as e:
-        raise PlatformError(str(e)) from e
-    finally:
-        platform.close()
-    return 0
+def _platform(args: argparse.Namespace, embedded: bool) -> Platform:
+    from pvdrivers.platform import open_platform
+
+    return open_platform("sim", run_dir=args.run_dir, strict=args.strict) if embedded else open_platform("xen")
+
+
+def _host(args: argparse.Namespace, context: Context, table: dict[str, type[Device]], embedded: bool) -> Host:
+    from pvdrivers.classes import KERNEL_DRIVERS
+    from pvdrivers.host import Host
+    from pvdrivers.xenstore import XenStoreClient
+
+    def connect() -> XenStore:
+        return XenStoreClient.connect(where.store_path(args.run_dir, embedded))
+
+    drivers = None if embedded else KERNEL_DRIVERS
+    return Host(context, table, domains=args.domains, connect_store=connect, kernel_drivers=drivers)
 
 
 def _coalesce(asked: int | None, embedded: bool) -> int:
@@ -96,16 +131,53 @@ def _workers() -> int:
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
 
 
-def _connector(run_dir: Path, embedded: bool) -> Callable[[], XenStore]:
-    from pvdrivers.xenstore import XenStoreClient
+@contextmanager
+def _service(
+    host: Host, run_dir: Path, notifier: Notifier, link: socket.socket | None
+) -> Iterator[Callable[[], None]]:
+    """What a daemon is to the outside: its record, its report, its signs of life, its successor.
 
-    return lambda: XenStoreClient.connect(where.store_path(run_dir, embedded))
+    Yields what is to be called when all that is there is in hand.
+    """
+    from pvdrivers import daemons
+    from pvdrivers.report import SUFFIX, Report
+    from pvdrivers.upgrade import New, Old
+    from pvdrivers.watchdog import Watchdog
+
+    record = daemons.Record(run_dir)
+    report = Report(host, record.file(SUFFIX), notifier.status)
+    host.listeners.append(lambda life: report.changed())
+    watchdog = Watchdog(host, notifier)
+    old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid)
+
+    def begin() -> None:
+        notifier.main_pid(os.getpid())
+        notifier.ready("serving")
+        report.changed()
+        watchdog.start()
+
+    new = New(host, link, begin) if link is not None else None
+    try:
+        yield new.warm if new is not None else begin
+    finally:
+        old.close()
+        record.remove()
 
 
 @contextmanager
-def _signals(host: Host) -> Iterator[None]:
+def _signals(host: Host, notifier: Notifier) -> Iterator[None]:
     """SIGTERM and SIGINT end the host in order; SIGHUP has it look at everything again."""
-    numbers = {signal.SIGTERM: host.stop, signal.SIGINT: host.stop, signal.SIGHUP: host.refresh}
+
+    def stop() -> None:
+        notifier.stopping()
+        host.stop()
+
+    def refresh() -> None:
+        notifier.reloading()
+        host.refresh()
+
+    host.refreshed = lambda: notifier.ready("serving")
+    numbers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: refresh}
     before = {number: signal.getsignal(number) for number in numbers}
     # Workers never run Python, and the main thread sleeps in a system call: a signal that some other thread
     # got is seen by nobody until something wakes the main one.

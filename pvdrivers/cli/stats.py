@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pvdrivers import daemons
 from pvdrivers.errors import PvError
 from pvdrivers.inflight import inflight
+from pvdrivers.report import SUFFIX
 from pvdrivers.stats import read_stats
 from pvdrivers.worker.histogram import percentile
 
@@ -54,8 +56,22 @@ def _queue(row: np.void, number: int) -> dict[str, Any]:
     return out
 
 
-def snapshot(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """One dictionary a device, as --json prints it; latencies in microseconds."""
+def snapshot(run_dir: Path) -> list[dict[str, Any]]:
+    """One dictionary a device, as --json prints it; latencies in microseconds, `since` in seconds since the epoch.
+
+    Every device has what its daemon's control thread says of it; one that is connected has its counters as well.
+    """
+    found = {device["device"]: device for device in _counted(run_dir)}
+    for daemon in daemons.running(run_dir):
+        for said in daemons.read(run_dir, daemon, SUFFIX) or ():
+            about = found.setdefault(said["device"], {"device": said["device"], "queues": [], "inflight": []})
+            # What a daemon that has it says, comes before what one says that waits for it.
+            if "state" not in about or said["connected"]:
+                about |= said
+    return [found[name] for name in sorted(found)]
+
+
+def _counted(run_dir: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((run_dir / "stats").glob("*")):
         found = read_stats(path)
         if found is None:
@@ -73,11 +89,16 @@ def snapshot(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 def _text(device: dict[str, Any]) -> Iterator[str]:
     pages = device.get("grant_pages")
-    policy = device["policy"] + ("" if pages is None else f", at most {pages} pages mapped")
-    yield (
-        f"{device['device']}  {device['uri']}  policy {policy}  pid {device['pid']}"
-        f"  in flight {len(device['inflight'])}"
-    )
+    most = "" if pages is None else f", at most {pages} pages mapped"
+    disk = f"  {device['uri']}  policy {device['policy']}{most}" if "uri" in device else ""
+    state = f"  {device['state']}" if "state" in device else ""
+    yield f"{device['device']}{state}{disk}  pid {device['pid']}  in flight {len(device['inflight'])}"
+    if device.get("error"):
+        yield f"  error: {device['error']}"
+    for kind, text in device.get("troubles", {}).items():
+        yield f"  {kind}: {text}"
+    if device.get("violations"):
+        yield f"  the guest broke the protocol {device['violations']} time{'s' * (device['violations'] > 1)}"
     for q in device["queues"]:
         requests = ", ".join(f"{n} {name}" for name, n in q["requests"].items() if n)
         yield f"  queue {q['queue']}: {requests or 'no requests'}"
@@ -99,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir = Path(args.run_dir)
     if not run_dir.is_dir():
         raise PvError(f"{run_dir}: no such run directory; name the one of `pvdrivers serve` with --run-dir")
-    devices = list(snapshot(run_dir))
+    devices = snapshot(run_dir)
     if args.json:
         if args.inflight:
             devices = [{"device": d["device"], "inflight": d["inflight"]} for d in devices]
@@ -117,5 +138,5 @@ def run(args: argparse.Namespace) -> int:
     for device in devices:
         print("\n".join(_text(device)))
     if not devices:
-        print("no device is connected")
+        print("no device is there")
     return 0

@@ -116,6 +116,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._alert_fd = alert_fd
         self._ended = ""
+        self._passes = -1  # of the loop, when somebody last looked
         self._fill(alert_fd, spin_us)
         if coalesce_us > 0:
             self._coalesce(coalesce_us)
@@ -226,6 +227,12 @@ class Worker:
         if error:
             return f"worker {self.index}: io_uring: {os.strerror(-error)}"
         return f"worker {self.index}: {self._ended}" if self._ended else ""
+
+    def went_round(self) -> bool:
+        """Whether the loop has gone round since the last call, which had it do so."""
+        before, self._passes = self._passes, int(self._record[0]["passes"])
+        self.ring_doorbell()
+        return self._passes != before and not self.failed
 
     def ring_doorbell(self) -> None:
         """Have the worker look at the states of its rings."""
@@ -338,6 +345,10 @@ class WorkerPool:
         for worker in self.workers:
             worker.stop()
         os.close(self.alert_fd)
+
+    def alive(self) -> bool:
+        """Whether every worker has gone round its loop since the last call; has them go round it again."""
+        return all([worker.went_round() for worker in self.workers])
 
     def choose(self, queues: int) -> list[Worker]:
         """A worker for each queue of a device: the queues are spread, the devices start at different workers."""

@@ -1,0 +1,257 @@
+"""``pvdrivers upgrade`` under verified reads and writes: a new process takes over, and the guest notices nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pvdrivers import __version__, daemons
+from pvdrivers.frontends.load import Load
+from tests.restart.bed import Bed, until
+from tests.restart.test_killed import LOAD, check_unnoticed, goes_on, image
+from tests.service.conftest import cli
+from tests.service.manager import Manager
+
+PR_SET_CHILD_SUBREAPER = 36
+PAUSE = re.compile(r"(\S+): paused for ([0-9.]+) ms")
+
+
+@pytest.fixture(autouse=True)
+def successors(bed: Callable[..., Bed]) -> Iterator[None]:
+    """Daemons that were started by daemons become this process's children, and are ended."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    mine = {int(pid) for pid in _children()}
+    yield
+    for pid in {int(pid) for pid in _children()} - mine:
+        if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def pids(bed: Bed) -> list[int]:
+    return [daemon.pid for daemon in daemons.running(bed.run_dir)]
+
+
+def ended(pid: int) -> int:
+    """Its exit status, once it has ended; it is this process's child by now."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_under_load(bed: Callable[..., Bed], tmp_path: Path, times: int) -> None:
+    b = bed("--workers", "2")
+    first = b.serve()
+    disks = [b.disk(image(tmp_path), queues=2, ring_order=1), b.disk("memory:16M", queues=1, ring_order=0)]
+    before = [b.frontend(domid) for domid in (1, 2)]
+    loads = [Load(disk, LOAD) for disk in disks]
+    for load in loads:
+        load.start()
+        goes_on(load)
+    old = pids(b)
+    where = b.run_dir / "daemons"
+    assert old == [first.popen.pid], (sorted(where.iterdir()), first.popen.poll(), b.log.read_text())
+    for _ in range(times):
+        done = cli(b, "upgrade", timeout=200)
+        assert (done.returncode, done.stderr) == (0, ""), (done, b.log.read_text())
+        new = pids(b)
+        assert len(new) == 1 and new != old
+        lines = done.stdout.splitlines()
+        pauses = {m[1]: float(m[2]) for line in lines[:-1] if (m := PAUSE.fullmatch(line))}
+        assert set(pauses) == {"vbd-1-51712", "vbd-2-51712"} and min(pauses.values()) > 0, lines
+        said = f"daemon {old[0]} (version {__version__}) -> {new[0]} (version {__version__}): 2 connected devices"
+        assert lines[-1] == f"{said}, paused for at most {max(pauses.values()):.1f} ms"
+        assert max(pauses.values()) < 5000, "a pause, not an outage"
+        for load in loads:
+            goes_on(load)
+        old = new
+    assert first.popen.wait(10) == 0
+    until(lambda: cli(b, "stats").stdout.count("Connected") == 2)
+    for load, disk, domid in zip(loads, disks, (1, 2)):
+        b.disks = [disk]
+        check_unnoticed(b, load, before[domid - 1]) if domid == 1 else load.stop()
+    assert loads[1].wait(30).right and b.frontend(2) == before[1]
+    b.disks = disks
+    # The last one is an ordinary daemon: it ends when it is told to, and what is left is a run directory without any.
+    os.kill(old[0], signal.SIGTERM)
+    assert ended(old[0]) == 0
+    assert list((b.run_dir / "daemons").iterdir()) == []
+
+
+def test_a_successor_that_fails(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    """It cannot start, or not in time: the old one serves on, and says why."""
+    b = bed()
+    first = b.serve()
+    disk = b.disk(image(tmp_path), queues=1, ring_order=1)
+    load = Load(disk, LOAD)
+    load.start()
+    goes_on(load)
+    before = b.frontend()
+    done = cli(b, "upgrade", "--timeout", "1")
+    assert done.returncode == 1
+    assert "it was not ready within 1 s; compile beforehand (pvdrivers warm)" in done.stdout, done
+    assert done.stdout.rstrip().endswith("it serves on")
+    assert done.stderr == "pvdrivers: error: 1 of 1 daemon could not be upgraded in order\n"
+    assert pids(b) == [first.popen.pid]
+    goes_on(load)
+
+    # One that refuses to run here: its reason is shown.
+    store = b.run_dir / "xenstored"
+    store.rename(b.run_dir / "elsewhere")
+    done = cli(b, "upgrade")
+    (b.run_dir / "elsewhere").rename(store)
+    assert done.returncode == 1 and "no embedded Xen" in done.stdout and "it serves on" in done.stdout, done
+    assert first.popen.poll() is None and pids(b) == [first.popen.pid]
+    assert b.log.read_text().count("does not take over") == 2
+    goes_on(load)
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 0, "and it can be tried again"
+    goes_on(load)
+    check_unnoticed(b, load, before)
+
+
+def test_a_successor_that_is_killed_while_it_gets_ready(bed: Callable[..., Bed]) -> None:
+    b = bed()
+    first = b.serve()
+    with daemons.connect(b.run_dir / "daemons" / f"{first.popen.pid}.sock") as sock:
+        from pvdrivers.link import receive, send
+
+        sock.settimeout(30)
+        send(sock, do="upgrade", timeout=100)
+        started = receive(sock)
+        assert started is not None and started["event"] == "started"
+        with daemons.connect(b.run_dir / "daemons" / f"{first.popen.pid}.sock") as second:
+            second.settimeout(30)
+            send(second, do="upgrade", timeout=100)
+            refused = receive(second)
+            assert refused is not None and "under way already" in refused["why"]
+        os.kill(started["pid"], signal.SIGKILL)
+        failed = receive(sock)
+        assert failed is not None and failed["event"] == "failed" and "status -9" in failed["why"]
+        assert receive(sock) is None
+    assert pids(b) == [first.popen.pid]
+    b.disk("memory:1M").write(0, b"x" * 512)
+
+
+def test_nonsense_on_the_socket(bed: Callable[..., Bed]) -> None:
+    b = bed()
+    first = b.serve()
+    for words in (b"", b"{}", b"[]", b"\xff", b'{"do": "upgrade", "timeout": "x"}', b"9" * 5000):
+        with daemons.connect(b.run_dir / "daemons" / f"{first.popen.pid}.sock") as sock:
+            sock.settimeout(10)
+            if words:
+                sock.send(words)
+            else:
+                sock.shutdown(1)
+            assert sock.recv(100) == b""
+    b.disk("memory:1M").write(0, b"x" * 512)
+    assert "our own fault" not in b.log.read_text()
+
+
+@pytest.mark.slow
+def test_the_daemon_ends_while_its_successor_gets_ready(bed: Callable[..., Bed]) -> None:
+    """The service is being stopped: nobody takes over."""
+    b = bed()
+    first = b.serve()
+    with daemons.connect(b.run_dir / "daemons" / f"{first.popen.pid}.sock") as sock:
+        from pvdrivers.link import receive, send
+
+        sock.settimeout(60)
+        send(sock, do="upgrade", timeout=100)
+        started = receive(sock)
+        assert started is not None
+        first.popen.send_signal(signal.SIGTERM)
+        assert first.popen.wait(20) == 0
+    assert ended(started["pid"]) in (0, 1)
+    assert pids(b) == []
+
+
+@pytest.mark.slow
+def test_several_daemons(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    """Each that runs on the directory, or the one that is named."""
+    b = bed("--domain", "1")
+    first = b.serve()
+    b.words = ("--domain", "2")
+    second = b.serve()
+    disks = [b.disk(image(tmp_path)), b.disk("memory:1M")]
+    before = pids(b)
+    assert before == [first.popen.pid, second.popen.pid]
+    done = cli(b, "upgrade", "--pid", str(before[1]), timeout=200)
+    assert done.returncode == 0 and "vbd-2-51712" in done.stdout and "vbd-1-51712" not in done.stdout, done
+    assert pids(b)[0] == before[0] and before[1] not in pids(b)
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 0 and "vbd-2-51712" in done.stdout and "vbd-1-51712" in done.stdout, done
+    assert not set(pids(b)) & set(before) and len(pids(b)) == 2
+    assert first.end() == 0
+    for disk in disks:
+        disk.write(0, b"x" * 512)
+        assert bytes(disk.read(0, 512)) == b"x" * 512
+    done = cli(b, "upgrade", "--pid", "1")
+    assert done.returncode == 1 and "no daemon with pid 1; there is" in done.stderr
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    class Nowhere:
+        run_dir = tmp_path
+
+    done = cli(Nowhere(), "upgrade")  # type: ignore[arg-type]
+    assert done.returncode == 1 and "no daemon runs there" in done.stderr
+
+
+def test_the_manager_is_told_who_it_is_now(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    """MAINPID before the old one ends; signs of life from the new one, whatever WATCHDOG_PID said."""
+    with Manager(str(tmp_path / "notify")) as manager:
+        b = bed()
+        first = b.serve(NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="1500000")
+        manager.until(lambda m: "READY" in m)
+        manager.forget()
+        done = cli(b, "upgrade", timeout=200)
+        assert done.returncode == 0, done
+        (new,) = pids(b)
+        manager.until(lambda m: m.get("MAINPID") == str(new))
+        assert first.popen.wait(10) == 0
+        manager.forget()
+        manager.take(4.5)
+        given = manager.heard("WATCHDOG")
+        assert len(given) >= 4 and max(b - a for a, b in itertools.pairwise(given)) < 1.5
+
+
+def test_records(tmp_path: Path) -> None:
+    """Who was killed is not taken for one that runs, and what it left is removed."""
+    run_dir = tmp_path / ("long" * 30)
+    run_dir.mkdir()
+    source = "import sys, time, pathlib; from pvdrivers import daemons; r = daemons.Record(pathlib.Path(sys.argv[1]));"
+    source += "r.file('devices.json').write_text('[]'); print('there', flush=True); time.sleep(60)"
+    import sys
+
+    child = subprocess.Popen([sys.executable, "-c", source, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "there\n"
+    (found,) = daemons.running(run_dir)
+    assert found.pid == child.pid and found.version == __version__ and abs(found.started - time.time()) < 60
+    assert found.command[1] == "-c" and daemons.read(run_dir, found, "devices.json") == []
+    assert (run_dir / "daemons").stat().st_mode & 0o777 == 0o700
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert daemons.running(run_dir) == []
+    record = daemons.Record(run_dir)
+    assert sorted(p.name for p in (run_dir / "daemons").iterdir()) == [f"{os.getpid()}.json"]
+    with daemons.listen(record.file("sock")) as listener:
+        with daemons.connect(record.file("sock")):
+            listener.accept()[0].close()
+    record.remove()
+    assert list((run_dir / "daemons").iterdir()) == []
