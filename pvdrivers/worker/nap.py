@@ -55,6 +55,8 @@ def nap_length(wa: int) -> int:
         # A mean over some passes; a pause of the guest counts for no more than the longest nap.
         w["gap_ns"] += (min(gap, w["nap_ns"]) - w["gap_ns"]) >> 2
         w["nap_taken"], w["nap_at"] = w["taken"], w["now"]
+    if w["gap_ns"] * 2 > w["nap_ns"]:
+        return i64(0)  # so slow that not even two would come together
     deepest = i64(0)
     ra = w["active_head"]
     while ra != 0:

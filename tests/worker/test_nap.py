@@ -75,7 +75,17 @@ def test_it_is_never_waited_for_longer_than_allowed() -> None:
     bed = Bed()
     bed.guest(SLOTS, 0)
     for _ in range(100):
-        assert bed.pass_of(1, 10**9) <= LONGEST
+        length = bed.pass_of(1, LONGEST // 3)
+        assert length <= LONGEST
+    assert length == LONGEST
+
+
+def test_a_guest_too_slow_for_two_is_not_waited_for() -> None:
+    bed = Bed()
+    bed.guest(SLOTS, 0)
+    for _ in range(100):
+        length = bed.pass_of(1, 10**9)
+    assert length == 0
 
 
 def test_a_short_nap_is_none() -> None:

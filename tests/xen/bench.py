@@ -1,0 +1,142 @@
+"""`make bench-xen`: one guest, one boot, and a disk each from us, from the kernel's xen-blkback and from QEMU's qdisk.
+
+All on ram disks of dom0. What is counted (hypercalls of dom0 by xentrace, our system calls by the kernel's tracepoints)
+proves something; throughput under software emulation proves little, and is given as ratios, in turn in one run.
+Prints Markdown; run in dom0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import counting
+from .guests import Guest
+from .serve import Serve
+from .system import RESULTS, sh, until
+
+RAM_MIB = 48
+DEPTH = 32
+COALESCE_US = 20_000
+"""An emulated guest takes some hundred microseconds for a request, where a real one takes two: our default would never
+see two of them come together."""
+
+
+@dataclass
+class Disk:
+    """One disk of the guest, and who serves it."""
+
+    name: str
+    vdev: str
+    ram: str
+
+
+OURS, KERNEL, QDISK = Disk("ours", "xvdb", "ram0"), Disk("xen-blkback", "xvdc", "ram1"), Disk("qdisk", "xvdd", "ram2")
+OURS_COPY = Disk("ours, policy=copy", "xvde", "ram3")
+KERNEL_MAP = Disk("xen-blkback, feature_persistent=N", "xvdf", "ram4")
+DISKS = (OURS, KERNEL, QDISK, OURS_COPY, KERNEL_MAP)
+
+
+def prepare(stack: ExitStack) -> tuple[Guest, Serve]:
+    """The ram disks, the daemon, and a guest with all disks, each used once."""
+    sh("modprobe", "brd", f"rd_nr={len(DISKS)}", f"rd_size={RAM_MIB << 10}")
+    sh("modprobe", "xen-blkback")
+    serve = stack.enter_context(Serve("--class", "pvblk", "--coalesce", str(COALESCE_US)))
+    guest = stack.enter_context(Guest(memory=256))
+    pvdrivers = (sys.executable, "-m", "pvdrivers")
+    run_dir = ("--run-dir", str(serve.run_dir))
+    for disk, options in ((OURS, ""), (OURS_COPY, ",policy=copy")):
+        target = f"target=/dev/{disk.ram}{options}"
+        sh(*pvdrivers, "block-attach", *run_dir, str(guest.domid), f"vdev={disk.vdev},access=rw,{target}")
+    guest.xl("block-attach", f"phy:/dev/{KERNEL.ram},{KERNEL.vdev},w")
+    parameter = Path("/sys/module/xen_blkback/parameters/feature_persistent")
+    parameter.write_text("N")
+    guest.xl("block-attach", f"phy:/dev/{KERNEL_MAP.ram},{KERNEL_MAP.vdev},w")
+    guest.xl("block-attach", f"format=raw,vdev={QDISK.vdev},access=rw,backendtype=qdisk,target=/dev/{QDISK.ram}")
+    for disk in DISKS:
+        until(lambda disk=disk: guest.ask(f"[ -b /dev/{disk.vdev} ]")[0] == 0, 60, f"{disk.name} is in the guest")
+        guest.run(f"dd if=/dev/zero of=/dev/{disk.vdev} bs=64k oflag=direct 2>&1; true", 120)
+    return guest, serve
+
+
+def fio(guest: Guest, disk: Disk, rw: str, size: str, depth: int, *, seconds: int = 0, requests: int = 0) -> float:
+    """Requests a second that fio got."""
+    bound = f"--time_based --runtime={seconds}" if seconds else f"--number_ios={requests}"
+    text = guest.run(
+        f"fio --name=b --filename=/dev/{disk.vdev} --rw={rw} --bs={size} --iodepth={depth} --ioengine=io_uring"
+        f" --direct=1 --norandommap --randrepeat=0 --io_size=10g --output-format=json {bound} 2>/dev/null",
+        seconds=240,
+    )
+    job = json.loads(text[text.index("{") :])["jobs"][0]
+    kind = job["read" if "read" in rw else "write"]
+    assert kind["total_ios"] > 0, text
+    return float(kind["iops"])
+
+
+def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int) -> list[str]:
+    """A row: what dom0 asked of Xen, and what we asked of Linux, a request."""
+    fio(guest, disk, rw, "4k", DEPTH, requests=requests // 4)  # pages that are kept are mapped by now
+    with counting.tracing(Path("/tmp")) as trace, counting.system_calls(serve.process.pid) as calls:
+        fio(guest, disk, rw, "4k", DEPTH, requests=requests)
+    found = counting.count(trace.raw, 0)
+    ours = f"{sum(calls.values()) / requests:.3f}" if disk in (OURS, OURS_COPY) else ""
+    lost = f" ({found.lost} records lost)" if found.lost else ""
+    numbers = [found.grant_ops, found.grant_calls, found.event_calls]
+    return [disk.name, rw, *(f"{n / requests:.3f}" for n in numbers), ours + lost]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def throughput(guest: Guest, rounds: int, seconds: int) -> list[list[str]]:
+    """Rows: the ratio ours / theirs, the median over rounds in which the disks take turns."""
+    rows = []
+    for rw, size, depth in (("randread", "4k", 1), ("randread", "4k", DEPTH), ("randwrite", "4k", 1),
+                            ("randwrite", "4k", DEPTH), ("read", "64k", 8), ("write", "64k", 8)):  # fmt: skip
+        got: dict[str, list[float]] = {disk.name: [] for disk in (OURS, KERNEL, QDISK)}
+        for _ in range(rounds):
+            for disk in (OURS, KERNEL, QDISK):
+                got[disk.name].append(fio(guest, disk, rw, size, depth, seconds=seconds))
+        row = [f"{rw} {size}", str(depth)]
+        for other in (KERNEL, QDISK):
+            ratios = sorted(a / b for a, b in zip(got[OURS.name], got[other.name]))
+            row.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        rows.append([*row, f"{statistics.median(got[OURS.name]):.0f}"])
+    return rows
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="tests.xen.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    args = parser.parse_args()
+    rounds, seconds, requests = (1, 2, 2048) if args.quick else (3, 4, 8192)
+    with ExitStack() as stack:
+        guest, serve = prepare(stack)
+        head = ["disk", "work", "grant operations", "grant hypercalls", "event hypercalls", "system calls of ours"]
+        rows = [counted(guest, serve, d, rw, requests) for rw in ("randread", "randwrite")
+                for d in (OURS, KERNEL, OURS_COPY, KERNEL_MAP, QDISK)]  # fmt: skip
+        text = f"## Counted, a request: 4 KiB, depth {DEPTH}, one vCPU, {requests} requests, all of dom0\n\n"
+        text += table(head, rows)
+        print(text, flush=True)
+        more = throughput(guest, rounds, seconds)
+        ratios = table(["work", "depth", "ours / xen-blkback", "ours / qdisk", "ours, IOPS"], more)
+        text += f"\n\n## Throughput under emulation, {rounds} rounds of {seconds} s in turn\n\n{ratios}\n"
+        print("\n" + ratios, flush=True)
+        text += f"\nStart of the daemon to ready, warm: {serve.ready_in:.1f} s\n"
+        print(f"\nstart to ready, warm: {serve.ready_in:.1f} s", flush=True)
+    (RESULTS / "bench-xen.md").write_text(f"{time.strftime('%F')}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
