@@ -18,7 +18,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full test-slow test-nojit test-boundscheck lint lint-tools \
-	test-xen test-xen-quick fuzz bench warm clean distclean
+	test-xen test-xen-quick bench-xen fuzz bench warm clean distclean
 # The targets share one machine, and their output is read from top to bottom.
 .NOTPARALLEL:
 
@@ -51,6 +51,9 @@ test-xen-quick: setup ## two minutes of test-xen, when its images are there
 
 test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12)
 	@$(BIN)/python -m tests.xen.bed run --seconds 1800 -- -v tests/xen tests/platform $(ARGS)
+
+bench-xen: setup ## there: hypercalls and system calls a request, counted, beside xen-blkback and qdisk (ARGS=--quick)
+	@$(BIN)/python -m tests.xen.bed sh --seconds 1800 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"
 
 test-nojit: setup
 	@echo "test: rings and requests with the JIT off"
