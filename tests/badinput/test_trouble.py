@@ -178,6 +178,7 @@ def test_the_statistics_name_what_was_wrong(operator: Operator) -> None:
 @pytest.mark.root
 def test_an_unreadable_image(tmp_path: Path) -> None:
     """For a daemon that is not root: an image of somebody else."""
+    import pvdrivers.storage.file_store  # noqa: F401 - now: the checkout may be where the other user cannot read
     from pvdrivers.errors import StoreError  # by the store itself: a daemon of another user has no embedded Xen here
     from pvdrivers.storage.store import open_store
     from pvdrivers.storage.uri import parse_disk

@@ -58,7 +58,7 @@ def passes(wa: int, n: int) -> None:
         w = worker_at(wa)
         if w["leaving"] != 0:
             w["leaving"] = 0
-            loop._arm(wa)
+            loop._arm(wa, 0)
             loop._look_at_rings(wa)
 
 
