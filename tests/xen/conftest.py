@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +16,17 @@ if ON_XEN:
     from .guests import Guest
     from .serve import Serve
     from .stores import Stores
+    from .system import logs
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Logs of daemons and guests go with a failure."""
+        report = yield
+        if report.failed:
+            for name, path in logs.items():
+                if path.exists():
+                    report.sections.append((name, path.read_text(errors="replace")[-3000:]))
+        return report
 
     @pytest.fixture
     def stores(tmp_path: Path) -> Iterator[Stores]:

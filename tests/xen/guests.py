@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .system import RESULTS, CommandError, read, sh, until
+from .system import RESULTS, CommandError, logs, read, sh, until
 
 BOOT = 120.0
 """Seconds for a guest to boot; it takes four on an idle machine, and a test may have ten at once."""
@@ -63,6 +63,7 @@ class Guest:
         self.config = Path(f"/tmp/{self.name}.cfg")
         self.config.write_text("\n".join(lines) + "\n")
         self._log = Path(f"/var/log/xen/console/guest-{self.name}.log")
+        logs[f"console of {self.name}"] = self._log
         self._tokens = itertools.count(1)
         self._ready = 0
         self.gone = False
@@ -158,6 +159,7 @@ class Guest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.destroy()
+        logs.pop(f"console of {self.name}", None)
         if self._log.exists():
             shutil.copy(self._log, RESULTS)
 

@@ -8,12 +8,13 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
-from .system import RESULTS
+from .system import RESULTS, logs
 
 READY = 180.0
 """Seconds for all kernels to be loaded under emulation."""
@@ -31,25 +32,33 @@ class Serve:
         self.words = ["serve", "--run-dir", str(self.run_dir), *words]
         self.environment = environment
         self.log = RESULTS / f"serve-{next(_numbers)}.log"
+        logs[self.log.name] = self.log
         self.start()
 
     def start(self) -> float:
         """Start it, again perhaps; seconds until it was ready."""
         began = time.monotonic()
-        with self.log.open("a") as log:
-            log.write(f"--- {' '.join(self.words)}\n")
-            log.flush()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pvdrivers", *self.words],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                env={**os.environ, **self.environment},
-            )  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pvdrivers", *self.words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **self.environment},
+        )  # fmt: skip
+        self._logger = threading.Thread(target=self._write_log, args=(self.process.stderr,), daemon=True)
+        self._logger.start()
         line = self._first_line(began + READY)
         if not line.startswith("ready"):
             self.kill()
             raise AssertionError(f"serve is not ready: {line!r}\n{self.log.read_text()[-4000:]}")
         self.ready_in = time.monotonic() - began
         return self.ready_in
+
+    def _write_log(self, lines: IO[bytes]) -> None:
+        """Its log, with the times that dmesg shows, too."""
+        with self.log.open("a") as log, lines:
+            log.write(f"--- {' '.join(self.words)}\n")
+            for line in lines:
+                log.write(f"[{time.monotonic():.3f}] {line.decode(errors='replace')}")
+                log.flush()
 
     def _first_line(self, end: float) -> str:
         assert self.process.stdout is not None
@@ -82,6 +91,7 @@ class Serve:
         finally:
             if self.process.stdout is not None:
                 self.process.stdout.close()
+            self._logger.join(5)
 
     def __enter__(self) -> Self:
         return self
@@ -89,4 +99,5 @@ class Serve:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        logs.pop(self.log.name, None)
         self.stop()

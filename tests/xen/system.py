@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 RESULTS = Path(os.environ.get("BED_RESULTS", "/tmp"))
 """What is put here is there after the machine has gone."""
+logs: dict[str, Path] = {}
+"""Logs of what runs at the moment, shown with a test that fails."""
 
 
 class CommandError(Exception):
