@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pvdrivers import daemons
 from pvdrivers.frontends.blkfront import Blkfront
 from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
@@ -22,12 +23,14 @@ READY_IN = 120.0  # seconds: a cold cache has everything to compile
 class Process:
     """A verb of the command line, ready when it has printed a line that starts with "ready"."""
 
-    def __init__(self, *words: str, log: Path, group: Path | None = None, **extra: str) -> None:
-        """`group`: the cgroup.procs to run in."""
+    def __init__(
+        self, *words: str, log: Path, group: Path | None = None, before: tuple[str, ...] = (), **extra: str
+    ) -> None:
+        """`group`: the cgroup.procs to run in; `before`: a command that runs it."""
         self._log = log.open("a")
         enter = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(group)] if group else []
         self.popen = subprocess.Popen(
-            [*enter, sys.executable, "-m", "pvdrivers", *words],
+            [*enter, *before, sys.executable, "-m", "pvdrivers", *words],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
@@ -60,6 +63,7 @@ class Bed:
     def __init__(self, run_dir: Path, *serve_words: str) -> None:
         self.run_dir = run_dir
         self.words = serve_words
+        self.before: tuple[str, ...] = ()
         self.log = run_dir.parent / "serve.log"
         self.xen = Process("sim", "--run-dir", str(run_dir), log=run_dir.parent / "sim.log")
         self.backend: Process | None = None
@@ -70,7 +74,7 @@ class Bed:
     def serve(self, group: Path | None = None, **extra: str) -> Process:
         """Start a backend, in a cgroup if one is given; `extra` is its environment."""
         words = ("serve", "--run-dir", str(self.run_dir), *self.words)
-        self.backend = Process(*words, log=self.log, group=group, **extra)
+        self.backend = Process(*words, log=self.log, group=group, before=self.before, **extra)
         return self.backend
 
     def kill(self) -> None:
@@ -110,6 +114,12 @@ class Bed:
         read(top)
         return found
 
+    def _end_daemons(self) -> None:
+        """Those that daemons have started, and left behind when they ended."""
+        for daemon in daemons.running(self.run_dir):
+            os.kill(daemon.pid, signal.SIGTERM)
+        until(lambda: not daemons.running(self.run_dir), 60)
+
     def __enter__(self) -> Self:
         return self
 
@@ -118,6 +128,7 @@ class Bed:
     ) -> None:
         with ExitStack() as stack:  # whatever fails, the processes are ended
             stack.callback(self.xen.end)
+            stack.callback(self._end_daemons)
             if self.backend is not None:
                 stack.callback(self.backend.end)
             stack.callback(self.dom0.close)
