@@ -17,12 +17,13 @@ from pvdrivers.stats import StatsFile
 from pvdrivers.storage.store import Store, open_store
 from pvdrivers.storage.uri import DiskSpec
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
-from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
+from pvdrivers.worker.records import POLICIES, POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
 from pvdrivers.xenbus import XenbusState
 from rings import blkif
+from rings.ring import ring_entries
 
 from .attach import attach_queue, detach_queue, drop_grants, format_disk
-from .pages import Plan, set_aside
+from .pages import Plan, plans, set_aside
 from .params import disk_of, script_of
 from .records import DISK, MAX_QUEUES, disk_policy
 from .sharing import migrates_from
@@ -51,8 +52,6 @@ class Front:
     @property
     def nr_ents(self) -> int:
         """Slots in each ring."""
-        from rings.ring import ring_entries
-
         return ring_entries(4096 << self.order, blkif.ENTRY_SIZE[self.abi])
 
     def incarnation(self, uuid: str, ident: DeviceId) -> str:
@@ -112,6 +111,15 @@ class BlkBackend(Device):
         self.plan = Plan(POLICY_MAP)
         self.grant_pages: int | None = None
         self._recover = False
+
+    @classmethod
+    def pages_mapped(cls) -> dict[str, int]:
+        """Of a ring of one page, as Linux's frontend has it."""
+        slots = ring_entries(4096, blkif.ENTRY_SIZE[blkif.ABI_64])
+        return {
+            name: plans(policy, slots, DiskSpec("").indirect, limited=True)[0].pages(1, 0)
+            for name, policy in POLICIES.items()
+        }
 
     @property
     def journal_path(self) -> Path:

@@ -365,6 +365,11 @@ class Device(ABC):
         To the toolstack all is released after this, so that another guest may have the image.
         """
 
+    @classmethod
+    def pages_mapped(cls) -> Mapping[str, int]:
+        """Pages of its guest that a device of the usual size has mapped at most, by the operator's policy."""
+        return {}
+
     def stats(self) -> dict[str, Any]:
         """Counters for `pvdrivers stats`."""
         return {}

@@ -14,9 +14,11 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from . import check_xen
+from .finding import Finding, read
 
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture
 _IO_URING_PARAMS_SIZE = 120
@@ -25,23 +27,6 @@ _MIB = 1 << 20
 _WANTED_LOCKED = 256 * _MIB  # one guest's memory, registered with io_uring in one piece
 _WANTED_FILES = 4096  # a disk takes a few, and a host has hundreds of disks
 _WANTED_MEMORY = 512 * _MIB
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    ok: bool
-    found: str
-    advice: str = ""
-    essential: bool = False
-
-    def lines(self) -> Iterator[str]:
-        """The finding as it is printed."""
-        yield f"{'ok' if self.ok else 'missing':8} {self.name:16} {self.found}"
-        if self.advice and not self.ok:
-            yield f"{'':8} {'':16} -> {self.advice}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +56,7 @@ def findings() -> Iterator[Finding]:
     yield _open_files()
     yield _shared_memory()
     yield _cpus()
-    yield from _xen()
+    yield from check_xen.findings()
 
 
 def _python() -> Finding:
@@ -136,7 +121,7 @@ def _memfd() -> Finding:
 
 
 def _io_uring() -> Finding:
-    setting = _read(Path("/proc/sys/kernel/io_uring_disabled"))
+    setting = read(Path("/proc/sys/kernel/io_uring_disabled"))
     policy = "" if setting is None else f", kernel.io_uring_disabled = {setting}"
     code = _try_io_uring()
     if code == 0:
@@ -190,10 +175,10 @@ def _open_files() -> Finding:
 def _shared_memory() -> Finding:
     """Domain memory is memfds: bounded by memory and control group, not by the size of /dev/shm."""
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+    for line in (read(Path("/proc/meminfo")) or "").splitlines():
         if line.startswith("MemAvailable:"):
             room = int(line.split()[1]) << 10
-    limit, used = (_read(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    limit, used = (read(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
     if limit is not None and limit.isdigit() and used is not None:
         room = min(room, max(0, int(limit) - int(used)))
     return Finding(
@@ -214,36 +199,8 @@ def _cpus() -> Finding:
     )
 
 
-def _xen() -> Iterator[Finding]:
-    if _read(Path("/sys/hypervisor/type")) != "xen":
-        yield Finding("xen", False, "not running on Xen", "nothing to do: 'pvdrivers sim' embeds one")
-        return
-    for name, module in (
-        ("evtchn", "xen-evtchn"),
-        ("gntdev", "xen-gntdev"),
-        ("gntalloc", "xen-gntalloc"),
-        ("xenbus", "xenfs"),
-    ):
-        device = Path("/dev/xen", name)
-        if not device.exists():
-            yield Finding(f"xen {name}", False, f"no {device}", f"modprobe {module}")
-        elif not os.access(device, os.R_OK | os.W_OK):
-            yield Finding(
-                f"xen {name}", False, f"{device} is not ours to use", "run as root, or change its group"
-            )
-        else:
-            yield Finding(f"xen {name}", True, str(device))
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
 def _has_capability(bit: int) -> bool:
-    for line in (_read(Path("/proc/self/status")) or "").splitlines():
+    for line in (read(Path("/proc/self/status")) or "").splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> bit & 1)
     return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-from pathlib import Path
 
 import pytest
 
@@ -61,7 +60,7 @@ def test_each_refusal_of_io_uring_has_its_advice(
     code: int, setting: str | None, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "_try_io_uring", lambda: code)
-    monkeypatch.setattr(check, "_read", lambda path: setting)
+    monkeypatch.setattr(check, "read", lambda path: setting)
     finding = check._io_uring()
     assert (finding.ok, finding.essential) == (False, False)
     assert finding.advice.startswith(advice)
@@ -74,15 +73,6 @@ def test_a_missing_package_is_essential() -> None:
         True,
         "pip install no-such-package-of-anybody",
     )
-
-
-def test_on_xen_the_devices_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "_read", lambda path: "xen" if path == Path("/sys/hypervisor/type") else None)
-    monkeypatch.setattr(Path, "exists", lambda self: False)
-    found = list(check._xen())
-    assert [f.advice for f in found] == [
-        f"modprobe {m}" for m in ("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs")
-    ]
 
 
 @pytest.mark.parametrize(("limit", "ok"), [(-1, True), (4096, True), (1024, False)])
