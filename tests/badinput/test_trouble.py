@@ -112,7 +112,7 @@ def test_a_run_directory_that_cannot_be_written(require_root: None, tmp_path: Pa
         subprocess.run(["mount", "--bind", bed.run_dir, shown], check=True)
         try:
             subprocess.run(["mount", "-o", "remount,bind,ro", shown], check=True)
-            one_error(cli("serve", "--run-dir", str(shown)), str(shown), "Read-only file system", "claim")
+            one_error(cli("serve", "--run-dir", str(shown)), str(shown), "Read-only file system", "writable")
         finally:
             subprocess.run(["umount", "-l", shown], check=True)
         bed.serve()
