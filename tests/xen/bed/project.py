@@ -18,6 +18,7 @@ PACKAGES = ("rings", "pvdrivers", "blkback", "netback", "scsiback", "usbback")
 BESIDE = ("tests", "examples", "pyproject.toml")
 TIME = 1_700_000_000
 COMPILED = ".compiled"
+KEPT = 6
 
 
 def _files(*tops: str) -> list[Path]:
@@ -58,7 +59,8 @@ def compiled(root: Made) -> Made:
         (out / "tree" / COMPILED).rename(out / COMPILED)
         shutil.rmtree(out / "tree")
 
-    return step("compiled", [root.key, _key(files), FILES / "environment", Path(__file__)], make)
+    inputs = [root.key, _key(files), FILES / "environment", Path(__file__)]
+    return step("compiled", inputs, make, kept=KEPT)
 
 
 def project_image(root: Made, code: Made) -> Made:
@@ -73,4 +75,4 @@ def project_image(root: Made, code: Made) -> Made:
         make_ext4(tree, out / "project.ext4", spare_mib=8)
         shutil.rmtree(tree)
 
-    return step("project", [root.key, code.key, _key(files), Path(__file__)], make)
+    return step("project", [root.key, code.key, _key(files), Path(__file__)], make, kept=KEPT)

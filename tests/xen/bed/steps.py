@@ -72,11 +72,17 @@ class Made:
         return self.path / name
 
 
-def step(name: str, inputs: Sequence[str | bytes | Path], make: Callable[[Path], None]) -> Made:
-    """The directory `name` in the cache, made by `make(empty directory)` unless its stamp fits `inputs`."""
-    out, stamp = cache() / name, cache() / f"{name}.stamp"
+def step(name: str, inputs: Sequence[str | bytes | Path], make: Callable[[Path], None], *, kept: int = 0) -> Made:
+    """The directory `name` in the cache, made by `make(empty directory)` unless its stamp fits `inputs`.
+
+    `kept`: the last so many are kept beside each other, for what changes back and forth with the checkout.
+    """
     key = digest(name, *inputs)
+    if kept:
+        name = f"{name}-{key[:12]}"
+    out, stamp = cache() / name, cache() / f"{name}.stamp"
     if out.exists() and stamp.exists() and stamp.read_text() == key:
+        stamp.touch()
         return Made(out, key)
     began = time.monotonic()
     stamp.unlink(missing_ok=True)
@@ -88,8 +94,17 @@ def step(name: str, inputs: Sequence[str | bytes | Path], make: Callable[[Path],
     make(new)
     new.rename(out)
     stamp.write_text(key)
+    if kept:
+        _forget(f"{name.removesuffix(key[:12])}*.stamp", kept)
     say(f"{name} made in {time.monotonic() - began:.0f} s")
     return Made(out, key)
+
+
+def _forget(stamps: str, kept: int) -> None:
+    """Remove all but the last used."""
+    for stamp in sorted(cache().glob(stamps), key=lambda path: path.stat().st_mtime)[:-kept]:
+        shutil.rmtree(stamp.with_suffix(""), ignore_errors=True)
+        stamp.unlink()
 
 
 def run(*words: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, quiet: bool = True) -> str:
