@@ -7,7 +7,7 @@ everything that serving the class will ever need.
 On a real Xen others serve backends, too. `vbd` is the kernel's own kind: where its driver is there, the kernel is left
 alone with it. `pvblk` is a kind of ours, which neither the kernel nor libxl knows: `pvdrivers block-attach` makes such
 devices, beside whatever serves the others. `qdisk` is QEMU's, which libxl starts for it, so it is served only if asked
-for by name.
+for by name, and then only where no QEMU is to be found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from importlib import metadata
 
 from .device import Device
 from .errors import ConfigError
+from .platform import XenStore
 
 GROUP = "pvdrivers.device_classes"
 
@@ -67,6 +68,24 @@ def in_kernel(name: str, drivers: str = KERNEL_DRIVERS) -> str:
     if not os.path.exists(f"{drivers}/{name}"):
         return ""
     return f"the kernel's {_MODULES.get(name, 'driver')} ({drivers}/{name})"
+
+
+def in_qemu(store: XenStore, home: int, name: str, domid: int, devid: int) -> str:
+    """Why a device is QEMU's, "" if it is not: libxl has started one for the domain, or it does so for this disk.
+
+    libxl_dm.c: device-model/<domid>/state below the home of the domain that QEMU runs in, which is `home`; a domain of
+    xl's that has a qdisk gets one, after its disks' directories have been written (libxl__need_xenpv_qemu).
+    """
+    if name != "qdisk":
+        return ""
+    try:
+        if store.read(f"/local/domain/{home}/device-model/{domid}/state") is not None:
+            return f"domain {domid} has a QEMU, which serves it"
+        if store.read(f"/libxl/{domid}/device/vbd/{devid}/backend") is not None:
+            return "xl has made it, and starts a QEMU for it"
+    except PermissionError:  # a driver domain may not look; who serves disks there is its operator's choice
+        pass
+    return ""
 
 
 def beside_kernel(names: Iterable[str] | None, drivers: str = KERNEL_DRIVERS) -> tuple[list[str], list[str]]:

@@ -155,6 +155,9 @@ class Finder:
         if self._kernel_drivers is not None and (driver := table.in_kernel(name, self._kernel_drivers)):
             text = f"{driver} was loaded meanwhile; not served, as two backends would destroy the disk"
             return self._refuse(key, f"{self._top}{name}/{domid}/{devid}: {text}")
+        if qemu := table.in_qemu(host.store, host.context.platform.domid, name, domid, devid):
+            text = f"{qemu}; not served, as two backends would destroy the disk; use backendtype=phy, or block-attach"
+            return self._refuse(key, f"{self._top}{name}/{domid}/{devid}: {text}")
         try:
             ident = DeviceId.from_store(host.store, host.context.platform.domid, name, domid, devid)
         except ConfigError as e:

@@ -12,6 +12,7 @@ import pytest
 from pvdrivers import classes
 from pvdrivers.errors import ConfigError
 from tests.device.bed import Disk
+from tests.device.yard import Yard
 
 
 def test_a_class_that_is_not_there() -> None:
@@ -55,3 +56,19 @@ def test_the_kernel_is_left_alone_with_what_it_serves(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"device class vbd: the kernel's xen-blkback .*rmmod xen-blkback"):
         classes.beside_kernel(["pvblk", "vbd"], drivers)
     assert classes.beside_kernel(["pvblk"], drivers) == (["pvblk"], [])
+
+
+def test_a_qdisk_that_is_a_qemus(yard: Yard) -> None:
+    """Left to it where one runs for the domain, and where xl has made the disk, which starts one later."""
+    store = yard.dom0
+    assert classes.in_qemu(store, 0, "qdisk", 5, 51712) == "", "somebody else's toolstack"
+    store.write("/local/domain/0/device-model/5/state", "running")
+    assert "domain 5 has a QEMU" in classes.in_qemu(store, 0, "qdisk", 5, 51712)
+    assert classes.in_qemu(store, 0, "pvblk", 5, 51712) == ""
+    assert classes.in_qemu(store, 3, "qdisk", 5, 51712) == "", "it runs in another domain"
+    store.write("/libxl/6/device/vbd/51712/backend", "/local/domain/0/backend/qdisk/6/51712")
+    assert "xl has made it" in classes.in_qemu(store, 0, "qdisk", 6, 51712)
+    assert classes.in_qemu(store, 0, "qdisk", 6, 51728) == ""
+    driver_domain = yard.served.guest(9)
+    yard.stack.callback(driver_domain.close)
+    assert classes.in_qemu(driver_domain, 9, "qdisk", 6, 51712) == "", "it may not look"

@@ -34,6 +34,16 @@ def test_a_kernel_driver_that_is_loaded_meanwhile(yard: Yard, tmp_path: Path, ca
     assert daemon.host.finder.refused == {}
 
 
+def test_a_qdisk_that_is_a_qemus(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    yard.dom0.write("/local/domain/0/device-model/6/state", "running")
+    daemon = yard.daemon(kind="qdisk")
+    theirs, ours = (toolstack.attach_vbd(yard.dom0, domid, 51712, "/x", kind="qdisk") for domid in (6, 5))
+    until(lambda: toolstack.backend_state(yard.dom0, ours) == S.InitWait)
+    assert "domain 6 has a QEMU, which serves it; not served" in daemon.host.finder.refused["qdisk", 6, 51712]
+    assert toolstack.backend_state(yard.dom0, theirs) == S.Initialising
+    assert caplog.text.count("has a QEMU") == 1
+
+
 def test_a_frontend_that_is_another_backends(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
     """A directory of ours was left behind, and the toolstack gave the guest the same device from elsewhere."""
     guest = yard.guest(5)

@@ -54,14 +54,15 @@ class Pool:
 class Daemon:
     """A host in a thread."""
 
-    def __init__(self, run_dir: Path, connect: Callable[[], XenStoreClient], *, domid: int = 0, **options: Any) -> None:
+    def __init__(self, run_dir: Path, connect: Callable[[], XenStoreClient], *, domid: int = 0, kind: str = "vbd",
+                 **options: Any) -> None:  # fmt: skip
         self.disks: dict[str, Disk] = {}
         self.stuck: dict[str, threading.Event] = {}
         self.pool = Pool()
         platform = SimpleNamespace(domid=domid, store=connect())
         self.platform = platform
         context = Context(cast(Platform, platform), self.pool, run_dir)
-        self.host = Host(context, {"vbd": self._make}, connect_store=connect, **options)  # type: ignore[dict-item]
+        self.host = Host(context, {kind: self._make}, connect_store=connect, **options)  # type: ignore[dict-item]
         self.ready = threading.Event()
         self.found = -1
         self.error: BaseException | None = None
