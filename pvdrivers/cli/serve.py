@@ -48,6 +48,8 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
     began = time.monotonic()
     run_dir: Path = args.run_dir
     embedded = where.embedded(run_dir)
+    if not embedded:
+        where.open_devices()
     with ExitStack() as stack:
         with notifier.patience("compiling"):
             # Heavy from here on. Everything is compiled before the first InitWait: a guest never waits for a compiler.

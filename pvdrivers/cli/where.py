@@ -31,6 +31,14 @@ def embedded(run_dir: Path) -> bool:
     )
 
 
+def open_devices() -> None:
+    """On the real Xen: that its devices can be had is found out before all kernels are loaded. Raises PlatformError."""
+    from pvdrivers.xen.devices import EVTCHN, open_device
+
+    for path in (GNTDEV, EVTCHN):
+        os.close(open_device(path))
+
+
 def store_path(run_dir: Path, is_embedded: bool) -> str:
     """Where xenstore answers."""
     from pvdrivers.xenstore import default_path

@@ -8,6 +8,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -36,6 +37,8 @@ WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
 MOST_OPS = 4096
 """Operations in a batch: the worker's."""
+
+_LIMIT = "/sys/module/xen_gntdev/parameters/limit"
 
 _grant_map = invoke(grant_seam.grant_map)
 _grant_unmap = invoke(grant_seam.grant_unmap)
@@ -144,7 +147,9 @@ class XenGrantTable:
         try:
             fcntl.ioctl(self.fd, IOCTL_GNTDEV_MAP_GRANT_REF, request.data)
         except OSError as e:
-            raise PlatformError(f"gntdev: {n} grants of domain {domid}: {e.strerror}") from e
+            limit = _limit()
+            hint = f"; it maps at most {limit} at once: raise {_LIMIT}" if limit is not None and n > limit else ""
+            raise PlatformError(f"gntdev: {n} grants of domain {domid}: {e.strerror}{hint}") from e
         index = int(head["index"][0])
         try:
             protection = windows.READ if readonly else windows.READ_WRITE
@@ -175,6 +180,14 @@ class XenGrantTable:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _limit() -> int | None:
+    """How many pages gntdev has in one mapping (Linux before 5.5: in all of a descriptor); None if it does not tell."""
+    try:
+        return int(Path(_LIMIT).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 _REASONS = {
