@@ -355,7 +355,8 @@ class Life:
             log.warning("%s: removed, but: %s", self.ident, e)
             if connection_lost(e):
                 self._control.store_lost()
-        log.info("%s: removed", self.ident)
+        # What a toolstack has not taken away yet is found once more: that was said.
+        log.log(logging.DEBUG if self._fresh and ours is S.Closed else logging.INFO, "%s: removed", self.ident)
         self._control.gone(self)
         if self._ending is not None:
             self._ending()

@@ -83,5 +83,7 @@ class Troubles:
             self.add("stale", "its frontend is another backend's; it is not served")
         elif not nodes.domain_exists():
             self.add("stale", "its domain is gone; the directory that it left is removed")
+        elif ours is XenbusState.Closed:
+            pass  # a toolstack is taking it away, and nothing of it is held
         elif ours is not XenbusState.Initialising:  # or the frontend's directory may be about to be written
             self.add("stale", "it has no frontend; it is not served until there is one")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,29 @@ def test_a_frontend_that_is_another_backends(yard: Yard, caplog: pytest.LogCaptu
     guest.say(S.Initialised)
     until(lambda: guest.state() == S.Connected)
     assert "stale" not in daemon.host.lives["vbd", 5, 51712].troubles.now
+
+
+def test_what_a_toolstack_takes_away_is_said_once(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    """xl destroy: the frontend goes first, and the directory is still there for a while when it is Closed."""
+    caplog.set_level(logging.INFO)
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+
+    def take_away(tx: int) -> None:
+        yard.dom0.rm(guest.front, tx)
+        yard.dom0.write(guest.back + "/online", 0, tx)
+        yard.dom0.write(guest.back + "/state", int(S.Closing), tx)
+
+    yard.dom0.transaction(take_away)
+    until(lambda: guest.state() == S.Closed)
+    for n in range(3):
+        yard.dom0.write(guest.back + "/hotplug-status", n)
+        until(lambda: not daemon.host.lives)
+        time.sleep(0.1)
+    yard.dom0.rm(guest.back)
+    assert caplog.text.count("removed") == 1 and "no frontend" not in caplog.text
 
 
 @pytest.mark.parametrize("state", [S.InitWait, S.Connected, S.Closing])
