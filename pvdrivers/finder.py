@@ -83,6 +83,10 @@ class Finder:
         for life in list(self._host.lives.values()):
             self.watch_front(life)
             life.look()
+        self.discover()
+
+    def discover(self) -> None:
+        """Look for devices that have no life yet."""
         for name in self.classes:
             self._discover(name)
 

@@ -18,7 +18,6 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any
 
 from .claims import Claims
@@ -26,14 +25,13 @@ from .control import Backoff, Done, Jobs, Timer, Timers
 from .device import Context, Device
 from .errors import PlatformError, PvError
 from .finder import Finder, Key, key_of
+from .handover import HandOver
 from .life import Life
 from .nodes import connection_lost
 from .platform import XenStore
 
 log = logging.getLogger("pvdrivers.host")
 
-HAND_OVER_SECONDS = 30.0
-"""How long devices have to finish what is in flight when the process ends."""
 _RECONNECT = (0.1, 5.0)
 
 
@@ -60,8 +58,7 @@ class Host:
         self.stopping = False
         self.listeners: list[Callable[[Life | None], None]] = []
         """Called when a device has changed in some way; None: one that is not served."""
-        self.released: Callable[[Life, float | None], None] = lambda life, stopped: None
-        """Called at a hand-over with each device that is free for another process, and when it was stopped."""
+        self.letting_go: HandOver | None = None
         self.refreshed: Callable[[], None] = lambda: None
         """Called when all that refresh() asks for is under way."""
         self._connect_store = connect_store
@@ -182,20 +179,11 @@ class Host:
         os.close(self._wake_read)
 
     def _hand_over(self) -> None:
-        left = set(self.lives)
-
-        def done(key: Key, life: Life, stopped: float | None) -> None:
-            left.discard(key)
-            self.claims.drop(life.ident)
-            self.released(life, stopped)
-
-        for key, life in list(self.lives.items()):
-            life.hand_over(partial(done, key, life, self.now() if life.connected else None))
-        deadline = self.now() + HAND_OVER_SECONDS
-        while left and self.now() < deadline:
-            self._turn(min(x for x in (deadline - self.now(), self._timers.timeout()) if x is not None))
-        for key in left:
-            log.error("%s-%d-%d: did not finish within %g s, and is left", *key, HAND_OVER_SECONDS)
+        """The process ends."""
+        if self.letting_go is None:
+            HandOver(self, lambda life, stopped: None, lambda left: None)
+        while self.letting_go is not None and not self.letting_go.over:
+            self._turn(self._timers.timeout())
 
     # What a Life wants (pvdrivers.control.Control)
 
@@ -219,15 +207,23 @@ class Host:
         self.finder.watch_front(life)
 
     def gone(self, life: Life) -> None:
+        self.forget(life)
+        self.unwatch(life)
+        for other in list(self.lives.values()):
+            other.ask_again()  # what it had may be what they wait for
+        self.changed(life)
+
+    def forget(self, life: Life) -> None:
+        """It is not ours any more."""
         self.lives.pop(key_of(life.ident), None)
         self.claims.drop(life.ident)
+
+    def unwatch(self, life: Life) -> None:
+        """Nothing is to be heard of its frontend."""
         try:
             self.finder.unwatch_front(life.ident)
         except OSError as e:
             log.debug("%s: %s", life.ident, e)  # not watched while it was paused, or the store is lost
-        for other in list(self.lives.values()):
-            other.ask_again()  # what it had may be what they wait for
-        self.changed(life)
 
     def changed(self, life: Life | None) -> None:
         for call in self.listeners:

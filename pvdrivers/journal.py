@@ -35,6 +35,17 @@ def _ahead(a: int, b: int) -> int:
     return d - ((d & 0x80000000) << 1)
 
 
+def layout() -> str:
+    """What must be the same for one process to recover from the journal of another."""
+    shapes = f"{JOURNAL_QUEUE.itemsize}+{JOURNAL_RECORD.itemsize}"
+    return f"{MAGIC[:6].decode()}-{MAGIC[7]}.{VERSION}/{shapes}"
+
+
+def readable() -> list[str]:
+    """The layouts that this version recovers from: its own. One that reads older ones names them here."""
+    return [layout()]
+
+
 class JournalError(PvError):
     """The journal's file could not be made; says which limit was in the way."""
 

@@ -1,16 +1,19 @@
 """A newer process takes over from a running one, and the guests see a pause of milliseconds.
 
 The old one starts the new one with its own command line and a link between them. The new one imports and compiles
-everything, finds all devices, and says that it is warm; until then the old one serves on, and if the new one fails, it
-always will. Then the old one lets go of one device after the other - drained, journal kept, state Connected - and tells
-which, so that the new one takes each at once. Messages are JSON, one a packet:
+everything, finds all devices, and says that it is warm and which journals it can read; until then the old one serves
+on, and if the new one fails, or cannot read these, it always will. Then the old one lets go of one device after the
+other - drained, journal kept, state Connected - and tells which, so that the new one takes each at once. The old one
+ends when the new one has all in hand. If the new one dies before that, or takes nothing, the old one takes all back,
+by the same journals; if the old one dies, the new one has what is left. Messages are JSON, one a packet:
 
-    upgrade -> old      {"do": "upgrade", "timeout": seconds}
+    upgrade -> old      {"do": "upgrade", "timeout": seconds, "force": bool}
     old -> upgrade      {"event": "started", "pid"}, then "warm", or "failed" with "why"
-    new -> old          {"event": "warm", "pid", "version"}, or "failed" with "why"
+    new -> old          {"event": "warm", "pid", "version", "journals"}, or "failed" with "why"
     old -> new          {"event": "go"} and the connection to `upgrade`, then for each device "released": its key, and
-                        when it was stopped (CLOCK_MONOTONIC; null if it was not connected); the end of the old one is
-                        the end of the link
+                        when it was stopped (CLOCK_MONOTONIC; null if it was not connected); then "all", with those that
+                        are not free before the old one has ended
+    new -> old          "took" for each device that it serves, or that has an error now, and "settled" after the last
     new -> upgrade      {"event": "served", "device", "pause"} for each, then "done" with what is "left"
 """
 
@@ -26,9 +29,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import __version__
+from . import __version__, journal
 from .control import Timer
 from .finder import Key, key_of
+from .handover import HandOver
 from .host import Host
 from .life import Life
 from .link import ENVIRONMENT, PACKET, receive, send
@@ -36,8 +40,15 @@ from .link import ENVIRONMENT, PACKET, receive, send
 log = logging.getLogger("pvdrivers.host")
 
 _TAKE_SECONDS = 60.0
-"""How long the new one reports on devices that it has not taken over yet."""
+"""How long the new one has to take what is free, and reports on devices that it has not taken over yet."""
 _SEND_SECONDS = 5.0
+_END_SECONDS = 5.0
+
+
+_CLOSES = (
+    "every disk would be closed, and a Linux guest loses a disk that it has open: restart the daemon while no guest"
+    " runs, or do it with --force"
+)
 
 
 class Old:
@@ -56,6 +67,11 @@ class Old:
         self._new: subprocess.Popen[bytes] | None = None
         self._timer: Timer | None = None
         self._why = ""
+        self._force = False
+        self._letting_go: HandOver | None = None
+        self._released_at: dict[Key, float] = {}  # devices that were connected, and when they were stopped
+        self._taken = 0
+        host.listeners.append(self._changed)
         host.hear(listener.fileno(), self._accept)
 
     def close(self) -> None:
@@ -82,13 +98,17 @@ class Old:
             message = receive(sock) or {}
         except BlockingIOError:
             message = {}
-        timeout = message.get("timeout")
+        timeout, force = message.get("timeout"), message.get("force") is True
         if message.get("do") != "upgrade" or not isinstance(timeout, int | float):
             sock.close()
-        elif self._link is not None or self._host.stopping:
+        elif self._link is not None or self._host.stopping or self._host.finder.passive:
             send(sock, event="failed", why="an upgrade is under way already, or this daemon is ending")
             sock.close()
+        elif not force and not self._host.context.options.get("journal", True):
+            send(sock, event="failed", why=f"it keeps no journal (--no-journal), so {_CLOSES}")
+            sock.close()
         else:
+            self._force = force
             self._start(sock, timeout)
 
     def _start(self, sock: socket.socket, timeout: float) -> None:
@@ -130,24 +150,67 @@ class Old:
             self._failed()
         elif message.get("event") == "failed":
             self._why = str(message.get("why"))
-        elif message.get("event") == "warm" and not self._host.stopping:
-            self._go(message)
+        elif message.get("event") == "warm" and self._letting_go is None and not self._host.stopping:
+            self._warm(message)
+        elif message.get("event") == "took":
+            self._taken += 1
+        elif message.get("event") == "settled":
+            self._followed()
+
+    def _warm(self, message: dict[str, Any]) -> None:
+        ours, theirs = journal.layout(), message.get("journals")
+        if self._force or (isinstance(theirs, list) and ours in theirs):
+            return self._go(message)
+        assert self._new is not None
+        known = ", ".join(map(str, theirs)) if isinstance(theirs, list) else "none that it tells of"
+        self._why = (
+            f"version {message.get('version')} reads other journals ({known}) than those of version {__version__}"
+            f" ({ours}): {_CLOSES}"
+        )
+        self._new.kill()  # which ends the link
 
     def _failed(self) -> None:
-        """The successor has ended, or was: all is as before."""
+        """The successor has ended, or was: all is as before, or will be soon."""
         assert self._link is not None and self._new is not None
         self._host.unhear(self._link.fileno())
         self._new.kill()
-        status = self._new.wait()
+        try:
+            status: int | str = self._new.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = "unknown"
         why = self._why or f"it ended with status {status}; its messages are where those of this daemon are"
         if not self._host.stopping:
             log.error("upgrade: process %d does not take over: %s", self._new.pid, why)
-        send(self._asked, event="failed", why=why)
-        for sock in (self._link, self._asked):
-            if sock is not None:
-                sock.close()
-        self._link = self._asked = self._new = None
         self._cancel()
+        self._link.close()
+        self._link = self._new = None
+        self._why = why
+        if self._letting_go is None or self._host.stopping:
+            return self._tell()
+        self._letting_go.take_back()
+        self._letting_go = None
+        self._timer = self._host.later(_TAKE_SECONDS, self._tell)
+        if not self._released_at:
+            self._tell()
+
+    def _tell(self) -> None:
+        """It has failed, and all is served here."""
+        self._cancel()
+        send(self._asked, event="failed", why=self._why)
+        if self._asked is not None:
+            self._asked.close()
+        self._asked = None
+        self._released_at.clear()
+
+    def _changed(self, life: Life | None) -> None:
+        """Whether what was taken back is served again."""
+        if self._link is not None or life is None or not (life.connected or life.gone):
+            return
+        stopped = self._released_at.pop(key_of(life.ident), None)
+        if stopped is not None:
+            log.info("%s: was paused for %.1f ms", life.ident, (self._host.now() - stopped) * 1000)
+            if not self._released_at:
+                self._tell()
 
     def _cancel(self) -> None:
         if self._timer is not None:
@@ -159,28 +222,57 @@ class Old:
         self._cancel()
         send(self._asked, event="warm", pid=self._new.pid, version=message.get("version"), old=__version__)
         log.warning("upgrade: version %s, process %d takes over", message.get("version"), self._new.pid)
-        self._host.unhear(self._link.fileno())
         self._link.settimeout(_SEND_SECONDS)
         fds = [] if self._asked is None else [self._asked.fileno()]
-        socket.send_fds(self._link, [json.dumps({"event": "go"}).encode()], fds)
-        self._main_pid(self._new.pid)
-        self._host.released = self._released
-        self._host.stop()
+        try:
+            socket.send_fds(self._link, [json.dumps({"event": "go"}).encode()], fds)
+        except OSError:
+            return  # it has ended, which is heard next
+        self._taken = 0
+        self._released_at.clear()
+        self._letting_go = HandOver(self._host, self._released, self._all)
 
     def _released(self, life: Life, stopped: float | None) -> None:
-        send(self._link, event="released", key=key_of(life.ident), stopped=stopped)
+        key = key_of(life.ident)
+        if stopped is not None:
+            self._released_at[key] = stopped
+        send(self._link, event="released", key=key, stopped=stopped)
+
+    def _all(self, left: dict[Key, float | None]) -> None:
+        send(self._link, event="all", left=list(left.items()))
+        self._timer = self._host.later(_TAKE_SECONDS, self._not_settled)
+
+    def _not_settled(self) -> None:
+        """Something takes long in the new one. If it has got nowhere at all, it is no good."""
+        if self._taken or self._new is None:
+            return self._followed()
+        self._why = f"it had not taken a single device after {_TAKE_SECONDS:g} s"
+        self._new.kill()
+
+    def _followed(self) -> None:
+        """The new one is the service; this one ends."""
+        assert self._new is not None
+        self._cancel()
+        self._main_pid(self._new.pid)
+        self._host.stop()
 
 
 class New:
     """The part of the process that follows: passive until it is told to go, then it takes what is released."""
 
-    def __init__(self, host: Host, link: socket.socket, begun: Callable[[], None]) -> None:
-        """`begun` is called when this process is the service."""
+    def __init__(
+        self, host: Host, link: socket.socket, begun: Callable[[], None], main_pid: Callable[[int], None]
+    ) -> None:
+        """`begun` is called when this process begins to serve; `main_pid` tells the service manager in the end."""
         self._host = host
         self._link = link
         self._begun = begun
+        self._main_pid = main_pid
         self._asked: socket.socket | None = None
         self._stopped: dict[Key, float] = {}
+        """Devices that were connected, and are not yet again."""
+        self._in_trouble: set[Key] = set()  # those of them that are in hand, with an error
+        self._all = False  # all were named that could be
         self._gone = False  # the old one
         host.finder.passive = True
         host.listeners.append(self._changed)
@@ -188,7 +280,7 @@ class New:
 
     def warm(self) -> None:
         """Everything is compiled, and every device found."""
-        send(self._link, event="warm", pid=os.getpid(), version=__version__)
+        send(self._link, event="warm", pid=os.getpid(), version=__version__, journals=journal.readable())
 
     def _heard(self) -> None:
         try:
@@ -204,10 +296,22 @@ class New:
             self._host.finder.passive = False
             self._begun()
         elif message["event"] == "released":
-            name, domid, devid = message["key"]
-            if message["stopped"] is not None:
-                self._stopped[name, domid, devid] = message["stopped"]
-            self._host.finder.find(name, domid, devid)
+            self._take(tuple(message["key"]), message["stopped"])
+        elif message["event"] == "all":
+            self._all = True
+            for key, stopped in message["left"]:
+                if stopped is not None:
+                    self._stopped[tuple(key)] = stopped
+                self._in_trouble.add(tuple(key))  # not before the old one has ended
+            self._host.finder.take_waiting()
+            self._settled()
+
+    def _take(self, key: Key, stopped: float | None) -> None:
+        if stopped is not None:
+            self._stopped[key] = stopped
+        self._host.finder.find(*key)
+        if key not in self._host.lives and key not in self._host.finder.waiting:
+            self._stopped.pop(key, None)  # the toolstack has taken it away
 
     def _end(self) -> None:
         """The old one is no more: what it has not released is free, too."""
@@ -218,22 +322,35 @@ class New:
             self._host.stop()
             return
         self._gone = True
+        self._main_pid(os.getpid())
         self._host.finder.take_waiting()
+        self._host.finder.discover()
         self._host.later(_TAKE_SECONDS, self._report)
         if not self._stopped:
             self._report()
 
     def _changed(self, life: Life | None) -> None:
-        if life is None or not life.connected:
+        if life is None or (key := key_of(life.ident)) not in self._stopped:
             return
-        stopped = self._stopped.pop(key_of(life.ident), None)
-        if stopped is None:
+        if life.connected:
+            pause = self._host.now() - self._stopped.pop(key)
+            log.info("%s: was paused for %.1f ms", life.ident, pause * 1000)
+            send(self._asked, event="served", device=str(life.ident), pause=pause)
+        elif life.gone:
+            del self._stopped[key]
+        elif life.error and key not in self._in_trouble:
+            self._in_trouble.add(key)
+        else:
             return
-        pause = self._host.now() - stopped
-        log.info("%s: was paused for %.1f ms", life.ident, pause * 1000)
-        send(self._asked, event="served", device=str(life.ident), pause=pause)
-        if self._gone and not self._stopped:
+        if not self._gone:
+            send(self._link, event="took", device=str(life.ident))
+            self._settled()
+        elif not self._stopped:
             self._report()
+
+    def _settled(self) -> None:
+        if self._all and self._stopped.keys() <= self._in_trouble:
+            send(self._link, event="settled")
 
     def _report(self) -> None:
         """All is taken over, or the rest takes too long to be waited for."""

@@ -211,6 +211,12 @@ def _upgrade(verbs: Verbs) -> None:
         metavar="SECONDS",
         help="how long a new one may compile; then the old one stays (default: %(default)s)",
     )
+    verb.add_argument(
+        "--force",
+        action="store_true",
+        help="even to a version that cannot read the journals: requests are finished, every disk is closed, and guests"
+        " that can will connect anew; a Linux guest loses a disk that it has open",
+    )
 
 
 def _warm(verbs: Verbs) -> None:

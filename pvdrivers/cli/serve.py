@@ -152,15 +152,18 @@ def _service(
     watchdog = Watchdog(host, notifier)
     old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid)
 
-    def begin() -> None:
+    def alone() -> None:
         notifier.main_pid(os.getpid())
+        begin()
+
+    def begin() -> None:
         notifier.ready("serving")
         report.changed()
         watchdog.start()
 
-    new = New(host, link, begin) if link is not None else None
+    new = New(host, link, begin, notifier.main_pid) if link is not None else None
     try:
-        yield new.warm if new is not None else begin
+        yield new.warm if new is not None else alone
     finally:
         old.close()
         record.remove()

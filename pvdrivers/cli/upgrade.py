@@ -11,7 +11,7 @@ from pvdrivers import daemons
 from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.link import receive, send
 
-_GRACE = 90.0  # seconds beyond the time to get ready: devices that finish, and are taken over
+_GRACE = 120.0  # seconds beyond the time to get ready: devices that finish, and are taken over
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     for daemon in wanted:
         try:
-            _upgrade(run_dir, daemon, args.timeout)
+            _upgrade(run_dir, daemon, args.timeout, args.force)
         except PvError as e:
             print(f"daemon {daemon.pid} (version {daemon.version}): {e}", flush=True)
             failed += 1
@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _upgrade(run_dir: Path, daemon: daemons.Daemon, timeout: float) -> None:
+def _upgrade(run_dir: Path, daemon: daemons.Daemon, timeout: float, force: bool) -> None:
     """Have one daemon followed. Raises PvError with the reason if that fails, or only half succeeds."""
     try:
         sock = daemons.connect(run_dir / "daemons" / f"{daemon.pid}.sock")
     except OSError as e:
         raise PvError(f"cannot be asked: {e.strerror}; it serves on") from e
     with sock:
-        send(sock, do="upgrade", timeout=timeout)
+        send(sock, do="upgrade", timeout=timeout, force=force)
         _follow(sock, daemon, timeout)
 
 

@@ -136,6 +136,153 @@ def test_nonsense_on_the_socket(bed: Callable[..., Bed]) -> None:
     assert "our own fault" not in b.log.read_text()
 
 
+class Newer:
+    """The next daemon that starts runs other code than those before: what a new version would be."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.environment = {"PYTHONPATH": str(where)}
+
+    def is_(self, source: str) -> None:
+        """From now on a successor runs these lines first; `upgrade` is the module."""
+        lines = ["import os", "if 'PVDRIVERS_SUCCESSOR_LINK' in os.environ:", "    from pvdrivers import upgrade"]
+        lines += ["    " + line for line in source.splitlines()]
+        (self.where / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+
+    def is_the_same(self) -> None:
+        (self.where / "sitecustomize.py").unlink()
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Newer:
+    (tmp_path / "newer").mkdir()
+    return Newer(tmp_path / "newer")
+
+
+def loaded(b: Bed, tmp_path: Path) -> tuple[Load, dict[str, bytes]]:
+    """A guest under verified load, and another that is idle."""
+    disk = b.disk(image(tmp_path), queues=2, ring_order=1)
+    b.disk("memory:1M").write(0, b"x" * 512)
+    load = Load(disk, LOAD)
+    load.start()
+    goes_on(load)
+    return load, b.frontend()
+
+
+def idle_disk_is_well(b: Bed) -> None:
+    assert bytes(b.disks[1].read(0, 512)) == b"x" * 512
+
+
+def test_a_version_with_other_journals(bed: Callable[..., Bed], tmp_path: Path, newer: Newer) -> None:
+    """It is refused while nothing has been let go of. By force disks are closed, and guests that can connect anew."""
+    b = bed()
+    first = b.serve(**newer.environment)
+    load, before = loaded(b, tmp_path)
+    newer.is_("from pvdrivers import journal\njournal.VERSION += 1\nupgrade.__version__ = '9.9'")
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 1 and "version 9.9 reads other journals (PVJRNL-1.2/" in done.stdout, done
+    assert f"than those of version {__version__} (PVJRNL-1.1/" in done.stdout
+    assert done.stdout.rstrip().endswith("or do it with --force; it serves on")
+    assert pids(b) == [first.popen.pid]
+    goes_on(load)
+    assert b.frontend() == before and load.snapshot().requeues == 0, "nothing was let go of"
+    done = cli(b, "upgrade", "--force", timeout=200)
+    assert done.returncode == 0 and "(version 9.9): 2 connected devices" in done.stdout, (done, b.log.read_text())
+    assert first.popen.wait(10) == 0
+    assert b.log.read_text().count("cannot be taken over, and reconnects") == 2
+    goes_on(load)
+    assert b.frontend() != before, "it has connected anew"
+    load.stop()
+    assert load.wait(60).right
+    idle_disk_is_well(b)
+
+
+def test_without_a_journal_it_is_refused(bed: Callable[..., Bed]) -> None:
+    b = bed("--no-journal")
+    first = b.serve()
+    done = cli(b, "upgrade")
+    assert done.returncode == 1 and "it keeps no journal (--no-journal), so every disk would be closed" in done.stdout
+    assert pids(b) == [first.popen.pid]
+
+
+def taken_back(b: Bed, tmp_path: Path, newer: Newer, source: str, why: str) -> None:
+    first = b.backend
+    assert first is not None
+    load, before = loaded(b, tmp_path)
+    newer.is_(source)
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 1 and why in done.stdout, (done, b.log.read_text())
+    assert done.stdout.rstrip().endswith("; it serves on")
+    assert pids(b) == [first.popen.pid] and first.popen.poll() is None
+    assert cli(b, "stats").stdout.count("  Connected") == 2
+    goes_on(load)
+    idle_disk_is_well(b)
+    newer.is_the_same()
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 0 and pids(b) != [first.popen.pid], "and it can be tried again"
+    goes_on(load)
+    idle_disk_is_well(b)
+    b.disks.reverse()
+    b.disks.pop(0).close()
+    check_unnoticed(b, load, before)
+
+
+def test_a_successor_that_dies_while_it_takes_over(bed: Callable[..., Bed], tmp_path: Path, newer: Newer) -> None:
+    """It has a device already: the old one has all of them again. The manager hears of who follows in the end."""
+    with Manager(str(tmp_path / "notify")) as manager:
+        b = bed()
+        first = b.serve(NOTIFY_SOCKET=manager.address, **newer.environment)
+        dies = "upgrade.New._changed = lambda self, life: os.kill(os.getpid(), 9) if life and life.connected else None"
+        taken_back(b, tmp_path, newer, dies, "it ended with status -9")
+        (last,) = pids(b)
+        manager.until(lambda m: m.get("MAINPID") == str(last))
+        told = [m["MAINPID"] for _, m in manager.messages if "MAINPID" in m]
+        assert set(told) == {str(first.popen.pid), str(last)}, "never of the one that died"
+        assert not manager.heard("STOPPING")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7])
+def test_a_successor_whose_worker_dies(bed: Callable[..., Bed], tmp_path: Path, newer: Newer, step: int) -> None:
+    """At a step of the journal, in the very first requests."""
+    b = bed()
+    b.serve(**newer.environment)
+    dies = f"os.environ['PVDRIVERS_TEST_KILL'] = '{step}:1'\n"
+    dies += "upgrade.New._changed = lambda self, life: None"  # or it might have settled, and the old one be gone
+    taken_back(b, tmp_path, newer, dies, "it ended with status -9")
+
+
+@pytest.mark.slow
+def test_a_successor_that_hangs(bed: Callable[..., Bed], tmp_path: Path, newer: Newer) -> None:
+    """It is told to go on and does not: it is killed, and the old one goes on."""
+    b = bed()
+    (newer.where / "sitecustomize.py").write_text("from pvdrivers import upgrade\nupgrade._TAKE_SECONDS = 3.0\n")
+    b.serve(**newer.environment)
+    hangs = "import signal\nupgrade.New._take = lambda self, key, at: os.kill(os.getpid(), signal.SIGSTOP)"
+    taken_back(b, tmp_path, newer, hangs, "it had not taken a single device after 3 s")
+
+
+@pytest.mark.slow
+def test_the_old_one_dies_in_the_middle(bed: Callable[..., Bed], tmp_path: Path, newer: Newer) -> None:
+    """After the first device was let go of: the new one has that, and what is left."""
+    b = bed()
+    (newer.where / "sitecustomize.py").write_text(
+        "import os\nfrom pvdrivers import upgrade\nreleased = upgrade.Old._released\n"
+        "upgrade.Old._released = lambda self, *what: (released(self, *what), os.kill(os.getpid(), 9))\n"
+    )
+    first = b.serve(**newer.environment)
+    load, before = loaded(b, tmp_path)
+    newer.is_the_same()
+    done = cli(b, "upgrade", timeout=200)
+    assert done.returncode == 0, (done, b.log.read_text())
+    assert first.popen.wait(10) == -signal.SIGKILL
+    goes_on(load)
+    idle_disk_is_well(b)
+    b.disks.reverse()
+    b.disks.pop(0).close()
+    check_unnoticed(b, load, before)
+
+
 @pytest.mark.slow
 def test_the_daemon_ends_while_its_successor_gets_ready(bed: Callable[..., Bed]) -> None:
     """The service is being stopped: nobody takes over."""
