@@ -48,6 +48,7 @@ class HandOver:
             self._left[key_of(life.ident)] = host.now() if life.connected else None
         self._timer = host.later(SECONDS, self._end)
         for life in lives:
+            life.troubles.gone()
             life.hand_over(partial(self._done, life))
         if not self._left:
             self._end()

@@ -371,7 +371,6 @@ class Life:
         self._ended = self._busy = True
         self.connected = False
         self._pace.release()
-        self.troubles.gone()
         self._control.submit(self.device.hand_over, handed)
 
     def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
