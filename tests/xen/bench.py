@@ -48,21 +48,27 @@ def prepare(stack: ExitStack) -> tuple[Guest, Serve]:
     sh("modprobe", "brd", f"rd_nr={len(DISKS)}", f"rd_size={RAM_MIB << 10}")
     sh("modprobe", "xen-blkback")
     serve = stack.enter_context(Serve("--class", "pvblk", "--coalesce", str(COALESCE_US)))
-    guest = stack.enter_context(Guest(memory=256))
+    # At its creation, as xl then starts a QEMU for it.
+    qdisk = f"format=raw,vdev={QDISK.vdev},access=rw,backendtype=qdisk,target=/dev/{QDISK.ram}"
+    guest = stack.enter_context(Guest(qdisk, memory=256))
     pvdrivers = (sys.executable, "-m", "pvdrivers")
     run_dir = ("--run-dir", str(serve.run_dir))
-    for disk, options in ((OURS, ""), (OURS_COPY, ",policy=copy")):
-        target = f"target=/dev/{disk.ram}{options}"
-        sh(*pvdrivers, "block-attach", *run_dir, str(guest.domid), f"vdev={disk.vdev},access=rw,{target}")
-    guest.xl("block-attach", f"phy:/dev/{KERNEL.ram},{KERNEL.vdev},w")
-    parameter = Path("/sys/module/xen_blkback/parameters/feature_persistent")
-    parameter.write_text("N")
-    guest.xl("block-attach", f"phy:/dev/{KERNEL_MAP.ram},{KERNEL_MAP.vdev},w")
-    guest.xl("block-attach", f"format=raw,vdev={QDISK.vdev},access=rw,backendtype=qdisk,target=/dev/{QDISK.ram}")
+    for disk, options in ((OURS, ""), (OURS_COPY, "policy=copy,")):
+        words = f"vdev={disk.vdev},access=rw,{options}target=/dev/{disk.ram}"
+        sh(*pvdrivers, "block-attach", *run_dir, str(guest.domid), words)
+    # The kernel's driver reads its parameter when a disk connects.
+    for disk, persistent in ((KERNEL, "Y"), (KERNEL_MAP, "N")):
+        Path("/sys/module/xen_blkback/parameters/feature_persistent").write_text(persistent)
+        guest.xl("block-attach", f"phy:/dev/{disk.ram},{disk.vdev},w")
+        _wait(guest, disk)
     for disk in DISKS:
-        until(lambda disk=disk: guest.ask(f"[ -b /dev/{disk.vdev} ]")[0] == 0, 60, f"{disk.name} is in the guest")
+        _wait(guest, disk)
         guest.run(f"dd if=/dev/zero of=/dev/{disk.vdev} bs=64k oflag=direct 2>&1; true", 120)
     return guest, serve
+
+
+def _wait(guest: Guest, disk: Disk) -> None:
+    until(lambda: guest.ask(f"[ -b /dev/{disk.vdev} ]")[0] == 0, 60, f"{disk.name} is in the guest")
 
 
 def fio(guest: Guest, disk: Disk, rw: str, size: str, depth: int, *, seconds: int = 0, requests: int = 0) -> float:

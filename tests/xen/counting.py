@@ -19,14 +19,14 @@ from pathlib import Path
 
 TRC_SCHED_SWITCH = 0x0002800A  # previous domain and vcpu, next domain and vcpu
 TRC_PV_HYPERCALL_V2 = 0x0020100D  # number of the hypercall, then some of its arguments
-TRC_PV_HYPERCALL_SUBCALL = 0x0020100E  # the same within a multicall
+TRC_PV_HYPERCALL_SUBCALL = 0x0020200E  # the same within a multicall
 TRC_LOST_RECORDS = 0x0001F001
 TRC_TRACE_CPU_CHANGE = 0x0001F003  # written by xentrace: cpu, bytes that follow of it
 
 HYPERVISOR_grant_table_op = 20
 HYPERVISOR_event_channel_op = 32
 _OP_MASK = 0x000FFFFF  # the rest tells which arguments follow
-_MASK = "0x0022f000"  # scheduling and PV: xentrace takes one mask
+_MASK = "0x0022b000"  # scheduling and PV, entries and subcalls: xentrace takes one mask
 _TOOL = "/usr/lib/xen-4.17/bin/xentrace"
 _TRACING = Path("/sys/kernel/tracing")
 
