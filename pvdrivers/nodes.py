@@ -16,6 +16,8 @@ from .xenbus import BadState, XenbusState, parse_state
 
 log = logging.getLogger("pvdrivers.device")
 
+SEEN_SECONDS = 2.0
+"""How long the toolstack has to see that a device of a driver domain is closed, before its directory goes."""
 _MOST_TEXT = 1024
 _LOST = {
     errno.ECONNRESET,
@@ -142,9 +144,12 @@ class Nodes:
         """The device is gone: if the guest is too, then nobody else will remove our directory.
 
         While the guest is there the toolstack does it, and would be confused if it were gone before it
-        looked.
+        looked. In a driver domain it never does: there it is `xl devd` or us for whom libxl waits ten seconds.
         """
         store, path = self._control.store, self.ident.backend_path
+        if self.ident.backend_domid != 0:
+            self._control.later(SEEN_SECONDS, self._remove_closed)
+            return
         if self.domain_exists():
             return
         store.rm(self.ident.error_path.rpartition("/")[0])
@@ -152,3 +157,19 @@ class Nodes:
         parent = path.rpartition("/")[0]
         if store.ls(parent) == []:
             store.rm(parent)
+
+    def _remove_closed(self) -> None:
+        """Remove our directory, unless it is in use again."""
+        store, path = self._control.store, self.ident.backend_path
+
+        def remove(tx: int) -> None:
+            offline = (store.read(path + "/online", tx) or b"1").strip(b" \n\0") == b"0"
+            if offline and parse_state(store.read(path + "/state", tx)) is XenbusState.Closed:
+                store.rm(path, tx)
+
+        try:
+            store.transaction(remove)
+        except OSError as e:
+            if connection_lost(e):
+                raise
+            log.warning("%s: its directory cannot be removed: %s", self.ident, e)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pvdrivers import finder as finder_module
+from pvdrivers import nodes as nodes_module
 from pvdrivers import toolstack
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
@@ -212,6 +213,32 @@ def test_a_driver_domain_whose_guest_vanishes(yard: Yard) -> None:
     yard.dom0.rm(dd.back)
     until(lambda: not daemon.host.lives)
     assert daemon.disks["vbd-5-51712"].calls == ["advertise", "connect", "disconnect", "removed"]
+
+
+def test_a_driver_domain_removes_what_is_closed(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libxl waits for Closed, and then for the directory to go, which it leaves to the domain that serves."""
+    monkeypatch.setattr(nodes_module, "SEEN_SECONDS", 0.3)
+    dd = DriverDomain(yard)
+    daemon = yard.daemon(domid=3, connect=dd.connect)
+    until(lambda: dd.state() == S.InitWait)
+    dd.publish()
+    until(lambda: dd.state() == S.Connected)
+    yard.dom0.write(f"{dd.back}/online", 0)
+    yard.dom0.write(f"{dd.back}/state", int(S.Closing))
+    dd.store.write(f"{dd.front}/state", int(S.Closed))
+    until(lambda: dd.state() == S.Closed)
+    until(lambda: yard.dom0.read(f"{dd.back}/state") is None)
+    until(lambda: not daemon.host.lives)
+    # Attached again at once: the directory that is in use is left alone.
+    dd.attach(51712)
+    until(lambda: dd.state() == S.InitWait)
+    yard.dom0.write(f"{dd.back}/online", 0)
+    yard.dom0.write(f"{dd.back}/state", int(S.Closing))
+    until(lambda: dd.state() == S.Closed)
+    yard.dom0.rm(dd.back)
+    dd.attach(51712)
+    time.sleep(0.5)
+    assert dd.state() == S.InitWait
 
 
 def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
