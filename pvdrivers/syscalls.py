@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from rings.atomics import load64, store64
-from rings.jit import JIT, inline
+from rings.jit import NUMBA, inline
 
 _X86: Final = platform.machine() in ("x86_64", "amd64", "AMD64")
 _ARM: Final = platform.machine() in ("aarch64", "arm64")
@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     def _clock_gettime(clock: int, addr: int) -> int: ...
     def cycle_counter() -> int: ...
 
-elif JIT:
+elif NUMBA:
     import llvmlite.binding as _llvm
     from llvmlite import ir
     from numba import types

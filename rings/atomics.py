@@ -1,4 +1,4 @@
-"""Memory ordering, made visible. The only file (with pvdrivers/syscalls.py) that speaks LLVM.
+"""Memory ordering, made visible. The only file (with pvdrivers/syscalls.py) that builds LLVM's code.
 
 Every word that two parties share is read and written through this file; a plain array load may be hoisted out
 of a loop by the compiler, and then a wait never ends. Names say the ordering, not the instruction. Addresses
@@ -11,7 +11,7 @@ are int64. On x86-64 an acquire load and a release store are plain moves; on arm
 
 Under NUMBA_DISABLE_JIT=1 each intrinsic is replaced by a ctypes twin (below): same names, same results. Loads
 and stores of the twins are single accesses; their compare_exchange and fetch_* are two, so not for a second
-thread.
+thread. The twins are also there in a process that runs from an image, where no kernel is left to call them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numba
 import numpy as np
 
-from .jit import JIT, inline
+from .jit import NUMBA, inline
 
-if JIT:
+if NUMBA:
     import llvmlite.binding as _llvm
+    import numba
     import numba.core.cgutils as _cgutils
     import numba.extending as _extending
     from llvmlite import ir

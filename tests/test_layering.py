@@ -39,7 +39,7 @@ MAY_IMPORT = {
     **{backend: {"rings", "core"} for backend in BACKENDS},
 }
 OUTSIDE = {"numpy", "numba", "cffi", "llvmlite"}
-SPEAKS_LLVM = {"rings/atomics.py", "pvdrivers/syscalls.py"}
+SPEAKS_LLVM = {"rings/atomics.py", "rings/emit.py", "pvdrivers/syscalls.py"}
 COMPILES = {"rings/jit.py"}
 COMPILERS = {"jit", "njit", "cfunc", "vectorize", "guvectorize", "stencil"}
 KERNEL_MAKERS = {"kernel", "inline", "seam_function"}

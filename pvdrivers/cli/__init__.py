@@ -78,7 +78,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def _is_cache_error(error: Exception) -> bool:
     # rings.jit refuses a cache directory of others while it is being imported, so that neither the module
     # nor its exception class can be had afterwards; and importing it up here would import numba for --help.
-    return (type(error).__module__, type(error).__name__) == ("rings.jit", "CacheDirError")
+    return (type(error).__module__, type(error).__name__) == ("rings.cache", "CacheDirError")
 
 
 def _flushed(status: int) -> int:

@@ -50,6 +50,7 @@ def findings() -> Iterator[Finding]:
     for name in ("numpy", "numba", "llvmlite", "cffi"):
         yield _package(name)
     yield _cache()
+    yield _image()
     yield _memfd()
     yield _io_uring()
     yield _locked_memory()
@@ -104,6 +105,19 @@ def _cache() -> Finding:
             "pvdrivers warm",
         )
     return Finding("kernel cache", True, f"{compiled} compiled functions in {where}")
+
+
+def _image() -> Finding:
+    """As serve looks at it: what it would not run from is missing."""
+    from rings import image
+
+    try:
+        if reason := image.why_none():
+            return Finding("compiled image", False, reason, "serve compiles with numba then, and starts more slowly")
+        functions = image.Image(image.image_file()).functions
+    except Exception as error:  # what is wrong with the directory has been told already
+        return Finding("compiled image", False, str(error), "pvdrivers warm; until then serve starts more slowly")
+    return Finding("compiled image", True, f"{len(functions)} functions in {image.image_file()}")
 
 
 def _memfd() -> Finding:

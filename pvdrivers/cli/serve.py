@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
         where.open_devices()
     with ExitStack() as stack:
         with notifier.patience("compiling"):
+            make_image = _image(args)
             # Heavy from here on. Everything is compiled before the first InitWait: a guest never waits for a compiler.
             table = _classes(args, embedded)
             warm = time.monotonic() - began
@@ -78,6 +81,8 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
         def ready(devices: int) -> None:
             print(f"ready: {devices} device{'' if devices == 1 else 's'}, kernels warm in {warm:.2f} s", flush=True)
             service()
+            if make_image:
+                stack.callback(_make_image())
 
         with _signals(host, notifier):
             pool.start()
@@ -85,6 +90,35 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
                 host.run(ready)
             finally:
                 pool.stop()
+
+
+def _image(args: argparse.Namespace) -> bool:
+    """Have this process run from the image of compiled code; if there is none, whether one should be made.
+
+    Before anything is imported that has kernels. What other packages add to the classes is in no image.
+    """
+    from pvdrivers import classes
+    from rings import image
+
+    others = sorted(set(args.classes or classes.known()) - set(classes.DEVICE_CLASSES))
+    why = f"{', '.join(others)}: of another package" if others else image.use()
+    if why:
+        logging.getLogger("pvdrivers.host").info("kernels by numba, as no image can be used: %s", why)
+    return bool(why) and not others and not image.why_none()
+
+
+def _make_image() -> Callable[[], None]:
+    """Have an image made for the next start, by a process that gives way to all others. Returns what ends it."""
+    command = [sys.executable, "-m", "pvdrivers", "warm"]
+    try:
+        maker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    except OSError as e:
+        logging.getLogger("pvdrivers.host").warning("no image can be made for the next start: %s", e)
+        return lambda: None
+    with suppress(OSError):  # a hardened unit does not allow it
+        os.setpriority(os.PRIO_PROCESS, maker.pid, 19)
+    threading.Thread(target=maker.wait, name="image", daemon=True).start()
+    return maker.terminate
 
 
 def _classes(args: argparse.Namespace, embedded: bool) -> dict[str, type[Device]]:

@@ -7,25 +7,39 @@ import importlib
 import time
 from importlib.util import find_spec
 
-_MORE = ("pvdrivers.sim.joined", "pvdrivers.xen.joined", "pvdrivers.frontends.blkfront")
-"""What has kernels that are compiled when it is imported, or a warm() of its own, and is no device class."""
+_SERVED = ("pvdrivers.sim.joined", "pvdrivers.xen.joined")
+"""Whose import compiles what `serve` calls, beside the device classes."""
+_MORE = ("pvdrivers.frontends.blkfront",)
+"""What has a warm() of its own, and is not served."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile, and say how long it took and where the code is."""
+    """Compile, make an image of what `serve` needs, and say how long it took and where all that is."""
     began = time.monotonic()
     from pvdrivers import classes
-    from rings.jit import cache_dir
+    from rings.jit import JIT, cache_dir
 
     classes.warm()
+    for name in _SERVED:
+        importlib.import_module(name)
+    made = _image() if JIT else ""
     for name in _MORE:
         if find_spec(name) is not None:
-            compile_all = getattr(importlib.import_module(name), "warm", None)
-            if compile_all is not None:
-                compile_all()
+            importlib.import_module(name).warm()
     seconds = time.monotonic() - began
     where = cache_dir()
     files = list(where.rglob("*.nb[ci]"))
     size = sum(file.stat().st_size for file in files) / (1 << 20)
-    print(f"warm: {', '.join(sorted(classes.known()))} in {seconds:.1f} s; {size:.1f} MiB in {where}")
+    print(f"warm: {', '.join(sorted(classes.known()))} in {seconds:.1f} s; {size:.1f} MiB in {where}; {made}")
     return 0
+
+
+def _image() -> str:
+    """Make the image that `serve` runs from; what came of it, for the last line."""
+    from rings import emit, image
+
+    try:
+        path = emit.write_image()
+    except (image.ImageError, OSError) as e:
+        return f"no image for serve: {e}"
+    return f"an image for serve, {path.stat().st_size >> 10} KiB"

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 
 from pvdrivers.syscalls import EPOLL_EVENT
-from rings.jit import JIT
+from rings.jit import JIT, compile_for
 
-from .software_ring import DONE, MAX_POLL_EVENTS, epoll_add, serve, step, wake_all
+from .software_ring import DONE, MAX_POLL_EVENTS, epoll_add, serve, wake_all
 from .uring_layout import CQE, IORING_SQ_TASKRUN, KIND_THREADS, SQE
 
 _LINE: Final = 64
@@ -78,17 +78,13 @@ class ThreadPool:
         r["kind"] = KIND_THREADS
         r["threads"] = threads
         r["scratch"] = take(SQE.itemsize)
+        warm()  # here and now, not when the first request comes
         self._fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         r["done_fd"] = self._fds[0]
         self._epoll = select.epoll()
         r["fd"] = self._epoll.fileno()
         if epoll_add(address, self._fds[0], DONE) != 0:
             raise OSError("the eventfd of the threads cannot be polled")
-        # Compiled here and now, not when the first request comes.
-        step(address, r["scratch"])
-        r["stop"] = 1
-        serve(address, r["scratch"])
-        r["stop"] = 0
         for n in range(threads):
             thread = threading.Thread(target=self._run, args=(take(SQE.itemsize),), name=f"io-{n}", daemon=True)
             thread.start()
@@ -111,3 +107,10 @@ class ThreadPool:
             self._epoll.close()
             for fd in self._fds:
                 os.close(fd)
+
+
+def warm() -> None:
+    """Compile what the threads and those who make them call."""
+    compile_for(epoll_add, 3)
+    compile_for(serve, 2)
+    compile_for(wake_all, 1)

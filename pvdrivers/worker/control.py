@@ -19,6 +19,7 @@ import numpy as np
 
 from pvdrivers.errors import PlatformError, PvError
 from pvdrivers.platform import GRANT_OP, Platform
+from pvdrivers.storage import software_pool
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
 from pvdrivers.syscalls import CYCLES
@@ -385,6 +386,7 @@ class WorkerPool:
 
 def warm() -> None:
     """Compile the loop, and what the control threads call."""
+    software_pool.warm()
     compile_for(loop.run, 1)
     compile_for(enable, 1)
     compile_for(load_word, 1)

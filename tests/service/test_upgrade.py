@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from pvdrivers import __version__, daemons
 from pvdrivers.frontends.load import Load
+from rings.cache import DIGEST, cache_dir
 from tests.restart.bed import Bed, until
 from tests.restart.test_killed import LOAD, check_unnoticed, goes_on, image
 from tests.service.conftest import cli
@@ -69,13 +71,18 @@ def test_under_load(bed: Callable[..., Bed], tmp_path: Path, times: int) -> None
 def test_a_successor_that_fails(bed: Callable[..., Bed], tmp_path: Path) -> None:
     """It cannot start, or not in time: the old one serves on, and says why."""
     b = bed()
-    first = b.serve()
+    compiled = tmp_path / "cache" / DIGEST
+    shutil.copytree(cache_dir(), compiled, ignore=shutil.ignore_patterns("image"))
+    first = b.serve(PVDRIVERS_CACHE_DIR=str(compiled.parent), PVDRIVERS_IMAGE="off")
     disk = b.disk(image(tmp_path), queues=1, ring_order=1)
     load = Load(disk, LOAD)
     load.start()
     goes_on(load)
     before = b.frontend()
+    compiled.rename(tmp_path / "compiled")  # so that the successor has everything to compile
     done = cli(b, "upgrade", "--timeout", "1")
+    shutil.rmtree(compiled, ignore_errors=True)  # if it came that far
+    (tmp_path / "compiled").rename(compiled)
     assert done.returncode == 1
     assert "it was not ready within 1 s; compile beforehand (pvdrivers warm)" in done.stdout, done
     assert done.stdout.rstrip().endswith("it serves on")

@@ -47,7 +47,10 @@ class Spied:
     def __init__(self, run_dir: Path, log: Path) -> None:
         self.log = log
         command = [sys.executable, "-c", SPY, str(log), "serve", "--run-dir", str(run_dir)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PVDRIVERS_IMAGE": "off"}  # from an image nothing can be compiled
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         assert self.process.stdout is not None
         assert self.process.stdout.readline().startswith("ready"), self.process.communicate()[1]
         self.before = self.compiled()

@@ -50,6 +50,8 @@ class Serve:
             self.kill()
             raise AssertionError(f"serve is not ready: {line!r}\n{self.log.read_text()[-4000:]}")
         self.ready_in = time.monotonic() - began
+        with self.log.open("a") as log:
+            log.write(f"[{time.monotonic():.3f}] --- ready in {self.ready_in:.1f} s: {line}")
         return self.ready_in
 
     def _write_log(self, lines: IO[bytes]) -> None:
