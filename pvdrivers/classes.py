@@ -13,10 +13,11 @@ for by name, and then only where no QEMU is to be found.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 
+from . import modprobe
 from .device import Device
 from .errors import ConfigError
 from .platform import XenStore
@@ -32,9 +33,6 @@ DEVICE_CLASSES: dict[str, str] = {
 
 ONLY_BY_NAME = frozenset({"qdisk"})
 """Not among the classes that are served when none is named."""
-
-KERNEL_DRIVERS = "/sys/bus/xen-backend/drivers"
-_MODULES = {"vbd": "xen-blkback", "vif": "xen-netback", "vscsi": "xen-scsiback"}
 
 
 def known() -> dict[str, str]:
@@ -63,13 +61,6 @@ def load_all(names: Iterable[str] | None = None) -> dict[str, type[Device]]:
     return {name: load(name) for name in (sorted(known().keys() - ONLY_BY_NAME) if names is None else names)}
 
 
-def in_kernel(name: str, drivers: str = KERNEL_DRIVERS) -> str:
-    """Which driver of this kernel serves this kind of backend, "" if none does: a line for people."""
-    if not os.path.exists(f"{drivers}/{name}"):
-        return ""
-    return f"the kernel's {_MODULES.get(name, 'driver')} ({drivers}/{name})"
-
-
 def in_qemu(store: XenStore, home: int, name: str, domid: int, devid: int) -> str:
     """Why a device is QEMU's, "" if it is not: libxl has started one for the domain, or it does so for this disk.
 
@@ -88,24 +79,28 @@ def in_qemu(store: XenStore, home: int, name: str, domid: int, devid: int) -> st
     return ""
 
 
-def beside_kernel(names: Iterable[str] | None, drivers: str = KERNEL_DRIVERS) -> tuple[list[str], list[str]]:
+def beside_kernel(names: Iterable[str] | None, root: Path = Path("/")) -> tuple[list[str], list[str]]:
     """What to serve on a real Xen, and what to tell the operator of it.
 
-    A class named for which the kernel has a driver is a ConfigError: two backends on one device destroy the disk.
+    A class named for which the kernel has a driver, or will have one, is a ConfigError: two backends on one device
+    destroy the disk.
     """
     served, notes = [], []
     for name in sorted(known().keys() - ONLY_BY_NAME) if names is None else names:
-        driver = in_kernel(name, drivers)
+        loaded = modprobe.in_kernel(name, root)
+        driver = loaded or modprobe.comes_with_udev(name, root)
         if not driver:
             served.append(name)
             continue
+        module = modprobe.MODULES.get(name, name)
         remedy = (
-            f"unload it (rmmod {_MODULES.get(name, name)}, with no guest on it) and keep it from loading"
-            " (docs/dom0.md), or attach disks beside it with `pvdrivers block-attach`"
+            f"{f'unload it (rmmod {module}, with no guest on it) and ' if loaded else ''}keep it from loading (copy"
+            " examples/dom0/modprobe-pvdrivers.conf to /etc/modprobe.d, see docs/dom0.md), or attach disks beside it"
+            " with `pvdrivers block-attach`"
         )
         if names is not None:
             raise ConfigError(f"device class {name}: {driver} serves it; {remedy}")
-        notes.append(f"{name} is left to {driver}; to have it served here, {remedy}")
+        notes.append(f"{name} is left to {driver.rstrip(',')}; to have it served here, {remedy}")
     return served, notes
 
 

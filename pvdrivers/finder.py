@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from . import classes as table
+from . import modprobe
 from .control import Backoff, Timer
 from .device import Device, DeviceId
 from .errors import ConfigError, DeviceBusyError, PlatformError, PvError
@@ -49,9 +51,10 @@ class Finder:
         host: Host,
         classes: Mapping[str, type[Device]],
         domains: Collection[int] | None,
-        kernel_drivers: str | None,
+        kernel_root: Path | None,
     ) -> None:
-        """`domains`: serve only these guests. `kernel_drivers`: where the kernel's own backends are seen, if at all."""
+        """`domains`: serve only these guests. `kernel_root`: below it the kernel's own backends are seen; None
+        on the embedded Xen."""
         self.classes = classes
         self.domains = domains
         self.waiting: dict[Key, _Waiting] = {}
@@ -62,7 +65,7 @@ class Finder:
         self.passive = False
         """Devices are found, and not claimed: who has them is going to hand them over."""
         self._host = host
-        self._kernel_drivers = kernel_drivers
+        self._kernel_root = kernel_root
         self._top = f"/local/domain/{host.context.platform.domid}/backend/"
         self._poll: Timer | None = None
         self._told_quota = False
@@ -156,7 +159,7 @@ class Finder:
             if self.waiting.pop(key, None) is not None or self.refused.pop(key, None) is not None:
                 host.changed(None)
             return
-        if self._kernel_drivers is not None and (driver := table.in_kernel(name, self._kernel_drivers)):
+        if self._kernel_root is not None and (driver := modprobe.in_kernel(name, self._kernel_root)):
             text = f"{driver} was loaded meanwhile; not served, as two backends would destroy the disk"
             return self._refuse(key, f"{self._top}{name}/{domid}/{devid}: {text}")
         if qemu := table.in_qemu(host.store, host.context.platform.domid, name, domid, devid):
@@ -269,5 +272,3 @@ def _number(text: str) -> int | None:
     if not (text.isascii() and text.isdigit()) or len(text) > 10 or (text[0] == "0" and text != "0"):
         return None
     return int(text)
-
-

@@ -18,6 +18,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from .claims import Claims
@@ -45,14 +46,14 @@ class Host:
         *,
         domains: Collection[int] | None = None,
         connect_store: Callable[[], XenStore] | None = None,
-        kernel_drivers: str | None = None,
+        kernel_root: Path | None = None,
     ) -> None:
         """`domains`: serve only these guests. `connect_store` makes a new connection when the store's is
-        lost. `kernel_drivers`: where to see that the kernel serves a class, on a real Xen."""
+        lost. `kernel_root`: below it is seen what the kernel serves itself, on a real Xen."""
         self.context = context
         self.lives: dict[Key, Life] = {}
         self.claims = Claims(context.run_dir)
-        self.finder = Finder(self, classes, domains, kernel_drivers)
+        self.finder = Finder(self, classes, domains, kernel_root)
         self.started = False
         """Everything that was there at the start is in hand."""
         self.stopping = False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from pvdrivers import modprobe
 from pvdrivers.xen import limits
 
 from .finding import Finding, read
@@ -16,7 +16,6 @@ _NODES_PER_DISK = 35
 _NODES = 1000  # of a domain that is not dom0: xenstored's default
 _GRANTS_PER_FRAME = 512
 _UNITS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
-_MODPROBE = ("etc/modprobe.d", "run/modprobe.d", "usr/lib/modprobe.d", "lib/modprobe.d")
 
 
 def findings(root: Path = Path("/"), store: str | None = None) -> Iterator[Finding]:
@@ -95,15 +94,14 @@ def _devices(root: Path) -> Iterator[Finding]:
 
 def _vbd(root: Path) -> Finding:
     """Who would serve a disk that xl attaches."""
-    if (root / "sys/bus/xen-backend/drivers/vbd").exists():
+    if modprobe.in_kernel("vbd", root):
         return Finding(
             "xen vbd",
             True,
             "xen-blkback is loaded: disks that xl attaches are the kernel's, those of `pvdrivers block-attach` ours;"
             " docs/dom0.md says how all can be ours",
         )
-    kept = next(_kept_out(root), None)
-    if kept is not None:
+    if kept := modprobe.kept_out(modprobe.MODULES["vbd"], root):
         return Finding("xen vbd", True, f"disks that xl attaches are ours: {kept} keeps xen-blkback out")
     return Finding(
         "xen vbd",
@@ -111,14 +109,6 @@ def _vbd(root: Path) -> Finding:
         "xen-blkback is not loaded, but udev loads it when the first guest gets a disk",
         "copy examples/dom0/modprobe-pvdrivers.conf to /etc/modprobe.d, or leave vbd to it (serve --class pvblk)",
     )
-
-
-def _kept_out(root: Path) -> Iterator[str]:
-    """Files that keep xen-blkback from being loaded by its alias, as udev does it."""
-    for directory in _MODPROBE:
-        for path in sorted((root / directory).glob("*.conf")):
-            if re.search(r"^\s*(blacklist|install)\s+xen[-_]blkback\b", read(path) or "", re.MULTILINE):
-                yield str(path)
 
 
 def _grants(pv: bool) -> Finding:

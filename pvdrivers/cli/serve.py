@@ -147,15 +147,14 @@ def _platform(args: argparse.Namespace, embedded: bool) -> Platform:
 
 
 def _host(args: argparse.Namespace, context: Context, table: dict[str, type[Device]], embedded: bool) -> Host:
-    from pvdrivers.classes import KERNEL_DRIVERS
     from pvdrivers.host import Host
     from pvdrivers.xenstore import XenStoreClient
 
     def connect() -> XenStore:
         return XenStoreClient.connect(where.store_path(args.run_dir, embedded))
 
-    drivers = None if embedded else KERNEL_DRIVERS
-    return Host(context, table, domains=args.domains, connect_store=connect, kernel_drivers=drivers)
+    kernel = None if embedded else Path("/")
+    return Host(context, table, domains=args.domains, connect_store=connect, kernel_root=kernel)
 
 
 def _coalesce(asked: int | None, embedded: bool) -> int:
@@ -168,9 +167,7 @@ def _workers() -> int:
 
 
 @contextmanager
-def _service(
-    host: Host, run_dir: Path, notifier: Notifier, link: socket.socket | None
-) -> Iterator[Callable[[], None]]:
+def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket | None) -> Iterator[Callable[[], None]]:
     """What a daemon is to the outside: its record, its report, its signs of life, its successor.
 
     Yields what is to be called when all that is there is in hand.

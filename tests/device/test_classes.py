@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -46,16 +47,33 @@ def test_what_has_to_be_asked_for() -> None:
 
 
 def test_the_kernel_is_left_alone_with_what_it_serves(tmp_path: Path) -> None:
-    drivers = str(tmp_path)
-    assert classes.beside_kernel(None, drivers) == (sorted(classes.load_all()), [])
-    assert classes.beside_kernel(["vbd", "qdisk"], drivers) == (["vbd", "qdisk"], [])
-    (tmp_path / "vbd").mkdir()
-    served, notes = classes.beside_kernel(None, drivers)
+    assert classes.beside_kernel(None, tmp_path) == (sorted(classes.load_all()), [])
+    assert classes.beside_kernel(["vbd", "qdisk"], tmp_path) == (["vbd", "qdisk"], [])
+    (tmp_path / "sys/bus/xen-backend/drivers/vbd").mkdir(parents=True)
+    served, notes = classes.beside_kernel(None, tmp_path)
     assert "vbd" not in served and "pvblk" in served
     assert len(notes) == 1 and "xen-blkback" in notes[0] and "block-attach" in notes[0]
     with pytest.raises(ConfigError, match=r"device class vbd: the kernel's xen-blkback .*rmmod xen-blkback"):
-        classes.beside_kernel(["pvblk", "vbd"], drivers)
-    assert classes.beside_kernel(["pvblk"], drivers) == (["pvblk"], [])
+        classes.beside_kernel(["pvblk", "vbd"], tmp_path)
+    assert classes.beside_kernel(["pvblk"], tmp_path) == (["pvblk"], [])
+
+
+def test_the_kernel_is_left_alone_with_what_it_will_serve(tmp_path: Path) -> None:
+    """Where udev runs and nothing keeps xen-blkback out, it is there as soon as a guest gets a disk, and takes it."""
+    modules = tmp_path / "lib/modules" / os.uname().release
+    modules.mkdir(parents=True)
+    (modules / "modules.alias").write_text("alias xen:vbd xen_blkfront\nalias xen-backend:vbd xen_blkback\n")
+    assert "vbd" in classes.beside_kernel(None, tmp_path)[0], "nobody would load it"
+    (tmp_path / "run/udev").mkdir(parents=True)
+    (tmp_path / "run/udev/control").touch()
+    served, (note,) = classes.beside_kernel(None, tmp_path)
+    assert "vbd" not in served and "udev loads" in note and "modprobe-pvdrivers.conf" in note
+    with pytest.raises(ConfigError, match="xen-blkback, which udev loads"):
+        classes.beside_kernel(["vbd"], tmp_path)
+    (tmp_path / "etc/modprobe.d").mkdir(parents=True)
+    example = Path(__file__).parents[2] / "examples/dom0/modprobe-pvdrivers.conf"
+    (tmp_path / "etc/modprobe.d/pvdrivers.conf").write_text(example.read_text())
+    assert classes.beside_kernel(["vbd"], tmp_path) == (["vbd"], [])
 
 
 def test_a_qdisk_that_is_a_qemus(yard: Yard) -> None:

@@ -20,9 +20,9 @@ from tests.device.yard import Yard, connect, until
 
 
 def test_a_kernel_driver_that_is_loaded_meanwhile(yard: Yard, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    drivers = tmp_path / "drivers"
-    drivers.mkdir()
-    daemon = yard.daemon(kernel_drivers=str(drivers))
+    drivers = tmp_path / "sys/bus/xen-backend/drivers"
+    drivers.mkdir(parents=True)
+    daemon = yard.daemon(kernel_root=tmp_path)
     first = yard.guest(5)
     connect(first)
     (drivers / "vbd").mkdir()

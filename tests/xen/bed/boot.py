@@ -18,7 +18,7 @@ from typing import IO
 from .images import Images
 from .steps import BedError, cache, say
 
-KEPT = 5  # directories of results
+KEPT = 20  # directories of results
 
 
 @dataclass
