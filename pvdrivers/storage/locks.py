@@ -217,8 +217,9 @@ class Locks:
             raise DeviceBusyError(f"{self.path}: in use: {trouble.text} is held by {names}; {_HINT}")
         if patience.recover:
             raise DrainingError(
-                f"{self.path}: {trouble.text} is still held though its process has ended: its I/O is under way,"
-                " and the disk waits until that has landed"
+                f"{self.path}: {trouble.text} is still held, by no process that may be seen from here: I/O of one that"
+                " has ended is under way, and the disk waits until that has landed; or somebody else has the file open,"
+                " QEMU say, which `lsof` tells"
             )
         raise DeviceBusyError(
             f"{self.path}: in use: {trouble.text} is held, by no process that can be seen from here; {_HINT}"
