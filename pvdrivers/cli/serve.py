@@ -115,7 +115,7 @@ def _make_image() -> Callable[[], None]:
     except OSError as e:
         logging.getLogger("pvdrivers.host").warning("no image can be made for the next start: %s", e)
         return lambda: None
-    with suppress(OSError):  # a hardened unit does not allow it
+    with suppress(OSError):  # a hardened unit may not allow it
         os.setpriority(os.PRIO_PROCESS, maker.pid, 19)
     threading.Thread(target=maker.wait, name="image", daemon=True).start()
     return maker.terminate
