@@ -53,7 +53,9 @@ def _detach(verbs: Verbs) -> None:
     verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
     verb.add_argument("vdev", metavar="VDEV", help="its name, such as xvdb, or number")
     verb.add_argument(
-        "--force", action="store_true", help="do not ask the guest, which sees I/O errors from then on"
+        "--force",
+        action="store_true",
+        help="do not ask the guest: what it asks of the disk from then on gets no answer, and its programs may hang",
     )
     _timeout(verb)
 
