@@ -262,10 +262,19 @@ class Host:
         self._reconnect.reset()
         log.warning("xenstore is back")
         try:
+            self._look_for_lost()
             self._attach()
         except OSError as e:
             log.error("%s", e)
             self.store_lost()
+
+    def _look_for_lost(self) -> None:
+        for life in self.lives.values():
+            if life.connected and life.nodes.came_back():
+                text = "xenstore was restarted, and knows neither it nor its guest; it is served as before"
+                life.troubles.add("lost", text)
+            else:
+                life.troubles.over("lost")
 
     def _attach(self) -> None:
         """Hear of everything in the store, and look at everything."""

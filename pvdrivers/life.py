@@ -46,7 +46,7 @@ class Life:
         """The device is no more; nothing will happen here again."""
         self.violations = 0
         self.troubles = Troubles(str(device.ident), control, lambda: control.changed(self))
-        self._nodes = Nodes(control, device.ident)
+        self.nodes = Nodes(control, device.ident)
         self._control = control
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
         self._before: XenbusState | None = None
@@ -64,7 +64,7 @@ class Life:
     @property
     def error(self) -> str:
         """What was reported last and is not over, "" if all is well."""
-        return self._nodes.reported
+        return self.nodes.reported
 
     # What may happen
 
@@ -82,7 +82,7 @@ class Life:
 
     def handle_backend_change(self, keys: Iterable[str] = ()) -> None:
         """`keys` of our own directory were written, by us or by the toolstack."""
-        if self._nodes.foreign(keys):
+        if self.nodes.foreign(keys):
             # The operator changed something: what failed may work now, what works may have another size.
             self._pace.release()
             self._refresh = True
@@ -112,7 +112,7 @@ class Life:
 
     def look(self) -> None:
         """Take the steps that follow from what is in the store now."""
-        if self._busy or self._looking or self.gone or self._ended:
+        if self._busy or self._looking or self.gone or self._ended or (self.nodes.lost and self._ending is None):
             self._again = True
             return
         self._looking = True
@@ -144,7 +144,7 @@ class Life:
 
     def _one_step(self) -> bool:
         """Look, and do one thing. False if there was nothing to do."""
-        ours, theirs, online = self._nodes.read(whose=not self.connected)
+        ours, theirs, online = self.nodes.read(whose=not self.connected)
         self._went(ours)
         if isinstance(theirs, BadState):
             # What it means is anybody's guess, and all that follows is that the guest is at fault.
@@ -159,7 +159,7 @@ class Life:
         if self._bad and online:
             return False
         if self._fresh or theirs is not S.Unknown:
-            self.troubles.look_for_stale(self._nodes, ours, theirs)
+            self.troubles.look_for_stale(self.nodes, ours, theirs)
         if self._pace.held is not None and self._pace.held != (ours, theirs):
             self._pace.release()
         if self._fresh:
@@ -207,7 +207,7 @@ class Life:
         """After a fault: let go of the rings at once, then say Closing, and wait for the frontend."""
 
         def dropped(result: Any, error: BaseException | None) -> None:
-            self._nodes.report(why, logged=True)
+            self.nodes.report(why, logged=True)
             if ours not in (S.Unknown, S.Closing, S.Closed):
                 self._publish(ours, {}, S.Closing)
             self._fresh = False
@@ -289,7 +289,7 @@ class Life:
         if error is not None:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
-        self._nodes.clear_report()
+        self.nodes.clear_report()
         self.troubles.over("waiting", "draining")
         keys = dict(keys or {})
         recovered = wanted.action is Action.RECOVER
@@ -311,17 +311,17 @@ class Life:
         if isinstance(error, DrainingError):
             self.troubles.add("draining", str(error), logging.DEBUG)  # the log has it as an error
         if isinstance(error, NotRecoverable):
-            self._nodes.report(f"cannot be taken over, and reconnects: {error}")
+            self.nodes.report(f"cannot be taken over, and reconnects: {error}")
         elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
             # Our state stays, so that the handshake goes on from here when the cause has passed.
-            self._nodes.report(str(error) or repr(error), hotplug=advertising)
+            self.nodes.report(str(error) or repr(error), hotplug=advertising)
             self._pace.hold((ours, theirs))
             self._control.changed(self)
             return
         else:
             if not isinstance(error, ConfigError):
                 log.error("%s: our own fault in %s", self.ident, wanted.action.value, exc_info=error)
-            self._nodes.report(str(error) or repr(error), hotplug=advertising)
+            self.nodes.report(str(error) or repr(error), hotplug=advertising)
         if advertising:
             self._pace.hold_still((ours, theirs))  # until the operator changes something
             self._control.changed(self)
@@ -331,7 +331,7 @@ class Life:
 
     def _refreshed(self, ours: XenbusState, keys: Publish | None, error: BaseException | None) -> None:
         if error is not None:
-            self._nodes.report(f"not refreshed: {error}")
+            self.nodes.report(f"not refreshed: {error}")
         elif keys:
             # The unchanged state is written again: that is how Linux tells a frontend of a new size.
             self._publish(ours, keys, ours)
@@ -349,8 +349,8 @@ class Life:
             # Only now: to the toolstack Closed means that nothing is held any more, the image included.
             if ours not in (S.Unknown, S.Closed):
                 self._publish(ours, {}, state)
-            self._nodes.clear_report()
-            self._nodes.tidy()
+            self.nodes.clear_report()
+            self.nodes.tidy()
         except OSError as e:
             log.warning("%s: removed, but: %s", self.ident, e)
             if connection_lost(e):
@@ -374,7 +374,7 @@ class Life:
         self._control.submit(self.device.hand_over, handed)
 
     def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
-        if not self._nodes.publish(ours, keys, state):
+        if not self.nodes.publish(ours, keys, state):
             return False
         if state is not None:
             self._went(state)

@@ -46,6 +46,7 @@ class Nodes:
         self._control = control
         self._published: set[str] = set()
         self._seen = False  # our directory was there
+        self._lost = False  # ... and was not removed, but xenstored has forgotten everything
 
     def read(self, *, whose: bool = False) -> tuple[XenbusState, XenbusState | BadState, bool]:
         """Our state, the frontend's, and whether the device is to stay.
@@ -74,6 +75,26 @@ class Nodes:
         if theirs is XenbusState.Unknown and online:
             online = self.domain_exists()
         return ours, theirs, online
+
+    def came_back(self) -> bool:
+        """The connection to the store broke, and there is one again. Whether we and the guest are not in it any more.
+
+        xenstored keeps nothing over a restart (C xenstored without a live update), and what is missing then was
+        removed by nobody: the guest runs, and so does its disk.
+        """
+        path = self.ident.backend_path + "/state"
+        self._lost = self._seen and self._control.store.read(path) is None and not self.domain_exists()
+        return self._lost
+
+    @property
+    def lost(self) -> bool:
+        """That is so still: there is nothing to be read or written."""
+        if self._lost:
+            try:
+                self._lost = self._control.store.read(self.ident.backend_path + "/state") is None
+            except OSError:
+                pass  # this connection has broken, too
+        return self._lost
 
     def domain_exists(self) -> bool:
         """Whether the guest has a home in the store; the toolstack removes it last."""

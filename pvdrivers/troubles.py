@@ -29,6 +29,7 @@ class Troubles:
     draining  the I/O of a process that has ended is still under way
     storm     its frontend's state changes too often
     guest     the guest does not answer: it never connects, or does not let go
+    lost      xenstored was restarted, and knows nothing of it any more
     """
 
     def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:
@@ -77,6 +78,7 @@ class Troubles:
 
     def look_for_stale(self, nodes: Nodes, ours: XenbusState, theirs: XenbusState | BadState) -> None:
         """Name a directory of ours whose other end is gone; what to do about it says the table."""
+        self.over("lost")
         if theirs is not XenbusState.Unknown or ours is XenbusState.Unknown:
             self.over("stale")
         elif nodes.stray:
