@@ -27,6 +27,12 @@ def kernels() -> list[str]:
     return sorted(path.name for path in Path("/bed/guests").iterdir())
 
 
+def listed() -> list[tuple[int, str]]:
+    """(domid, name) of what xl lists: a domain whose pages somebody still has is there as "(null)"."""
+    lines = [line.split() for line in sh("xl", "list").splitlines()[1:]]
+    return [(int(words[1]), words[0]) for words in lines]
+
+
 def disk(target: str | Path, vdev: str = "xvda", *, mode: str = "rw", **more: str) -> str:
     """A line of xl's disk list for a disk that `pvdrivers serve` finds: no script, and no look at the target."""
     words = {"format": "raw", "vdev": vdev, "access": mode, "backendtype": "phy", "script": "/bin/true", **more}
@@ -38,7 +44,7 @@ class Guest:
 
     `disks` are lines of xl's disk list. `root`: boot from that device of the guest ("/dev/xvda"), not from memory.
     `extra`: words for the kernel's command line, module parameters such as xen_blkfront.max_ring_page_order=4
-    among them. `config`: more lines of xl's configuration file.
+    among them. `config`: more lines of xl's configuration file. `wait`: until it has booted; a `paused` one never does.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Guest:
         extra: str = "",
         config: Sequence[str] = (),
         wait: bool = True,
+        paused: bool = False,
     ) -> None:
         self.name = f"g{next(_numbers)}"
         boot = Path("/bed/guests") / kernel
@@ -69,9 +76,9 @@ class Guest:
         self.gone = False
         began = time.monotonic()
         try:
-            self.create_output = sh("xl", "create", "-q", self.config, seconds=BOOT)
+            self.create_output = sh("xl", "create", "-q", *(["-p"] if paused else []), self.config, seconds=BOOT)
             self.created_in = time.monotonic() - began
-            if wait:
+            if wait and not paused:
                 self.wait_ready()
         except BaseException:
             self.destroy()
@@ -97,6 +104,18 @@ class Guest:
         self._send("sync; reboot -f")
         self.wait_ready(seconds)
 
+    def save(self, to: Path) -> None:
+        """To a file; the domain is gone then."""
+        self.xl("save", to, seconds=BOOT)
+
+    def restore(self, saved: Path) -> None:
+        """Out of the file, as a new domain that goes on where it was."""
+        sh("xl", "restore", saved, seconds=BOOT)
+
+    def migrate(self) -> str:
+        """To this very host; what xl said of it."""
+        return self.xl("migrate", "-s", _to_this_host(), "localhost", seconds=2 * BOOT, check=False)
+
     def destroy(self) -> None:
         """End the domain without asking it, if it is there."""
         if not self.gone:
@@ -111,7 +130,8 @@ class Guest:
 
     def console(self) -> str:
         """All that its console has shown."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+        logs = (self._log, self._log.with_stem(f"{self._log.stem}--incoming"))  # that, while it is on its way here
+        return "".join(path.read_text(errors="replace") for path in logs if path.exists())
 
     def run(self, command: str, seconds: float = 60) -> str:
         """What a shell line printed. Raises CommandError when it fails or takes longer; then the guest is lost."""
@@ -162,6 +182,14 @@ class Guest:
         logs.pop(f"console of {self.name}", None)
         if self._log.exists():
             shutil.copy(self._log, RESULTS)
+
+
+def _to_this_host() -> str:
+    """The path of what xl takes for ssh: it forgets the host's name."""
+    path = Path("/tmp/no-ssh")
+    path.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 class Job:

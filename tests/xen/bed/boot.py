@@ -139,7 +139,8 @@ class Console:
 
 def pytest_script(words: list[str]) -> str:
     """The script that runs pytest on the project in dom0."""
-    passed = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in ("CI",) if name in os.environ)
+    names = [name for name in ("CI", "PVDRIVERS_XEN_KILLS") if name in os.environ]
+    passed = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
     return (
         f"{passed}python -m pytest -p no:cacheprovider --color=no --durations=12 --durations-min=3"
         f" --basetemp=/tmp/pytest --hypothesis-profile=ci {shlex.join(words)}\n"
