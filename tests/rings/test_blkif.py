@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,17 @@ from rings.jit import kernel
 from rings.ring import HEADER_SIZE, PAGE_SIZE, ring_entries
 from tests.rings import naive
 from tests.rings.guard import Guarded, guarded
+from tests.rings.headers import (
+    INDICES,
+    PRELUDE,
+    Require,
+    compare_constants,
+    compare_layouts,
+    constant_lines,
+    layout_lines,
+    seen_by_c,
+)
 
-INDICES = ("req_prod", "req_event", "rsp_prod", "rsp_event")
 STRUCTS = {
     64: {
         "blkif_request": blkif.REQUEST_64,
@@ -37,21 +44,15 @@ STRUCTS = {
 }
 
 
-def c_program(abi: int) -> str:
+def c_program(abi: int) -> list[str]:
     """Prints size, and offset and size of each field, as gcc sees the headers of Debian's libxen-dev."""
-    lines = ["#include <stddef.h>", "#include <stdint.h>", "#include <stdio.h>", "#include <string.h>"]
-    lines += ["#define xen_mb()", "#define xen_rmb()", "#define xen_wmb()", "#include <xen/xen.h>"]
+    lines = [*PRELUDE]
     if abi == 32:
         # What i386 does, without a compiler for i386: uint64_t aligned to 4, and the padding that is there
         # only.
         lines += ["#define __i386__ 1", "#pragma pack(push, 4)"]
     lines += [f"#include <xen/io/{name}.h>" for name in ("ring", "blkif", "protocols")]
-    lines.append("int main(void) {")
-    for name, dtype in STRUCTS[abi].items():
-        lines.append(f'printf("{name} . 0 %zu\\n", sizeof(struct {name}));')
-        for field in dtype.names or ():
-            size = f"sizeof(((struct {name} *)0)->{field})"
-            lines.append(f'printf("{name} {field} %zu %zu\\n", offsetof(struct {name}, {field}), {size});')
+    lines += ["int main(void) {", *layout_lines(STRUCTS[abi])]
     entry = "sizeof(union blkif_sring_entry)"
     lines.append(f'printf("sring ring %zu %zu\\n", offsetof(blkif_sring_t, ring), {entry});')
     for field in INDICES:
@@ -59,11 +60,10 @@ def c_program(abi: int) -> str:
     for order in range(5):
         size = f"(unsigned)__CONST_RING_SIZE(blkif, 4096 << {order})"
         lines.append(f'printf("entries {order} 0 %u\\n", {size});')
-    for name in CONSTANTS:
-        lines.append(f'printf("constant {name} 0 %d\\n", (int)({name}));')
+    lines += constant_lines(list(CONSTANTS))
     for name, value in PROTOCOLS.items():
         lines.append(f'printf("protocol {value} 0 %d\\n", !strcmp({name}, "{value}"));')
-    return "\n".join([*lines, "return 0; }"])
+    return lines
 
 
 CONSTANTS = {
@@ -95,27 +95,19 @@ PROTOCOLS = {
 def test_layout_is_that_of_the_headers(
     abi: int,
     tmp_path: Path,
-    require_program: Callable[[str, str], str],
-    require_package: Callable[[str, str], str],
+    require_program: Require,
+    require_package: Require,
 ) -> None:
     gcc = require_program("gcc", "gcc")
     require_package("/usr/include/xen/io/blkif.h", "libxen-dev")
-    source, program = tmp_path / "offsets.c", tmp_path / "offsets"
-    source.write_text(c_program(abi))
-    subprocess.run([gcc, "-w", "-m64", "-o", program, source], check=True)
-    out = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    seen = {(what, field): (int(at), int(size)) for what, field, at, size in map(str.split, out.splitlines())}
-    for name, dtype in STRUCTS[abi].items():
-        assert seen.pop((name, ".")) == (0, dtype.itemsize), name
-        for field, (format, at, *_) in (dtype.fields or {}).items():
-            assert seen.pop((name, field)) == (at, format.itemsize), (name, field)
+    seen = seen_by_c(c_program(abi), tmp_path, gcc)
+    compare_layouts(seen, STRUCTS[abi])
     assert seen.pop(("sring", "ring")) == (HEADER_SIZE, blkif.ENTRY_SIZE[abi])
     assert [seen.pop(("sring", field))[0] for field in INDICES] == [0, 4, 8, 12]
     for order in range(blkif.MAX_RING_PAGE_ORDER + 1):
         want = ring_entries(PAGE_SIZE << order, blkif.ENTRY_SIZE[abi])
         assert seen.pop(("entries", str(order)))[1] == want == 32 << order
-    for name, value in CONSTANTS.items():
-        assert seen.pop(("constant", name))[1] == value, name
+    compare_constants(seen, CONSTANTS)
     for value in PROTOCOLS.values():
         assert seen.pop(("protocol", value))[1] == 1, value
     assert seen == {}
