@@ -347,8 +347,8 @@ class Life:
         self._pace.release()
         try:
             # Only now: to the toolstack Closed means that nothing is held any more, the image included.
-            if ours not in (S.Unknown, S.Closed):
-                self._publish(ours, {}, state)
+            if ours not in (S.Unknown, S.Closed) and self.nodes.leave(state):
+                self._went(state)
             self.nodes.clear_report()
             self.nodes.tidy()
         except OSError as e:

@@ -135,6 +135,21 @@ class Nodes:
         self._published |= keys.keys()
         return bool(store.transaction(write))
 
+    def leave(self, state: XenbusState) -> bool:
+        """Our last word, whatever the toolstack has written meanwhile: it waits for this.
+
+        False, and nothing done, if our directory has been removed.
+        """
+        store, path = self._control.store, self.ident.backend_path + "/state"
+
+        def write(tx: int) -> bool:
+            if store.read(path, tx) is None:
+                return False
+            store.write(path, int(state), tx)
+            return True
+
+        return bool(store.transaction(write))
+
     def report(self, text: str, *, hotplug: bool = False, logged: bool = False) -> None:
         """Tell the operator, once for each text: in the log, where Linux does, and to libxl if `hotplug`."""
         if text == self.reported:

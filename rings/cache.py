@@ -15,9 +15,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["DIGEST", "CacheDirError", "cache_dir"]
+__all__ = ["DIGEST", "PACKAGES", "CacheDirError", "cache_dir"]
 
-_PACKAGES = ("rings", "pvdrivers", "blkback", "netback", "scsiback", "usbback")
+PACKAGES = ("rings", "pvdrivers", "blkback", "netback", "scsiback", "usbback")
 # Settings that change the machine code but not its sources.
 _SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT", "NUMBA_DEBUGINFO")
 
@@ -39,7 +39,7 @@ def _digest() -> str:
     for name in _SETTINGS:
         h.update(f"{name}={os.environ.get(name, '')}|".encode())
     root = Path(__file__).resolve().parent.parent
-    for package in _PACKAGES:
+    for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             h.update(str(path.relative_to(root)).encode())
             h.update(path.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,25 @@ def test_a_frontend_that_is_another_backends(yard: Yard, caplog: pytest.LogCaptu
     guest.say(S.Initialised)
     until(lambda: guest.state() == S.Connected)
     assert "stale" not in daemon.host.lives["vbd", 5, 51712].troubles.now
+
+
+def test_a_toolstack_that_writes_while_a_disk_is_let_go_of(yard: Yard) -> None:
+    """It waits for Closed, whatever it wrote after we had looked."""
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+    held = daemon.stuck["vbd-5-51712"] = threading.Event()
+
+    def unplug(tx: int) -> None:
+        yard.dom0.rm(guest.front, tx)
+        yard.dom0.write(guest.back + "/online", 0, tx)
+
+    yard.dom0.transaction(unplug)
+    until(lambda: daemon.disks["vbd-5-51712"].calls[-1] in ("disconnect", "removed"))
+    yard.dom0.write(guest.back + "/state", int(S.Closing))
+    held.set()
+    until(lambda: guest.state() == S.Closed)
 
 
 def test_what_a_toolstack_takes_away_is_said_once(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from typing import Any
 
 import pytest
@@ -204,6 +205,9 @@ def test_what_does_not_fit_waits(setup: Any) -> None:
     disk = setup.connect()
     backend.serving = False
     futures = [disk.submit(Io("write", i * 512, 512, bytes([i % 251]) * 512)) for i in range(300)]
+    deadline = time.monotonic() + 10
+    while disk.stats()["in_flight"] < 32:  # they wait for the ring if it is not in use yet
+        assert time.monotonic() < deadline
     assert disk.stats()["in_flight"] == 32
     assert not any(future.done() for future in futures)
     backend.serving = True

@@ -23,7 +23,7 @@ from .system import RESULTS, sh, until
 
 RAM_MIB = 48
 DEPTH = 32
-COALESCE_US = 20_000
+COALESCE_US = 200_000
 """An emulated guest takes some hundred microseconds for a request, where a real one takes two: our default would never
 see two of them come together."""
 
