@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,22 +64,26 @@ def test_a_frontend_that_is_another_backends(yard: Yard, caplog: pytest.LogCaptu
     assert "stale" not in daemon.host.lives["vbd", 5, 51712].troubles.now
 
 
-def test_a_toolstack_that_writes_while_a_disk_is_let_go_of(yard: Yard) -> None:
-    """It waits for Closed, whatever it wrote after we had looked."""
+def test_a_toolstack_that_writes_while_we_look(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """We read our state just before it wrote Closing, and the rest after that: it waits for Closed all the same."""
     daemon = yard.daemon()
     guest = yard.guest(5)
     connect(guest)
     until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
-    held = daemon.stuck["vbd-5-51712"] = threading.Event()
+    read = nodes_module.Nodes.read
 
-    def unplug(tx: int) -> None:
+    def read_before(self: nodes_module.Nodes, *, whose: bool = False) -> tuple[Any, Any, bool]:
+        ours, theirs, online = read(self, whose=whose)
+        return S.Connected if ours is S.Closing else ours, theirs, online
+
+    monkeypatch.setattr(nodes_module.Nodes, "read", read_before)
+
+    def take_away(tx: int) -> None:
         yard.dom0.rm(guest.front, tx)
         yard.dom0.write(guest.back + "/online", 0, tx)
+        yard.dom0.write(guest.back + "/state", int(S.Closing), tx)
 
-    yard.dom0.transaction(unplug)
-    until(lambda: daemon.disks["vbd-5-51712"].calls[-1] in ("disconnect", "removed"))
-    yard.dom0.write(guest.back + "/state", int(S.Closing))
-    held.set()
+    yard.dom0.transaction(take_away)
     until(lambda: guest.state() == S.Closed)
 
 
