@@ -19,7 +19,7 @@ TESTS = {
     "bounds.py": ["test_bounds.py"],
     "blkif.py": ["test_blkif.py"],
 }
-HELPERS = ["ends.py", "guard.py", "naive.py"]
+HELPERS = ["ends.py", "guard.py", "headers.py", "naive.py"]
 
 pytestmark = [
     pytest.mark.slow,
