@@ -23,9 +23,6 @@ from .system import RESULTS, sh, until
 
 RAM_MIB = 48
 DEPTH = 32
-COALESCE_US = 200_000
-"""An emulated guest takes some hundred microseconds for a request, where a real one takes two: our default would never
-see two of them come together."""
 
 
 @dataclass
@@ -47,7 +44,7 @@ def prepare(stack: ExitStack) -> tuple[Guest, Serve]:
     """The ram disks, the daemon, and a guest with all disks, each used once."""
     sh("modprobe", "brd", f"rd_nr={len(DISKS)}", f"rd_size={RAM_MIB << 10}")
     sh("modprobe", "xen-blkback")
-    serve = stack.enter_context(Serve("--class", "pvblk", "--coalesce", str(COALESCE_US)))
+    serve = stack.enter_context(Serve("--class", "pvblk"))
     # At its creation, as xl then starts a QEMU for it.
     qdisk = f"format=raw,vdev={QDISK.vdev},access=rw,backendtype=qdisk,target=/dev/{QDISK.ram}"
     guest = stack.enter_context(Guest(qdisk, memory=256))
