@@ -19,7 +19,7 @@ from pvdrivers.worker.journal import (
     record_of,
 )
 from pvdrivers.worker.marks import mark_dead, req_at, ring_at, stats_at, worker_at
-from pvdrivers.worker.pools import pop_block, reserve_bounce
+from pvdrivers.worker.pools import may_have_block, pop_block, reserve_bounce
 from pvdrivers.worker.records import BLOCK_IOV_AT, BLOCK_OPS_AT, POLICY_COPY, V_OVERFLOW
 from rings.atomics import copy_in, i64, records
 from rings.blkif import (
@@ -67,12 +67,12 @@ def _prepare(wa: int, ra: int, qa: int, index: int, payload: int) -> bool:
         pages = min(i64(op["nr_segments"]), disk_at(ring["device"])["max_segments"])
     else:
         pages = min(i64(records(payload, 1, REQUEST_64)[0]["nr_segments"]), MAX_SEGMENTS)
-    if indirect and worker_at(wa)["blocks_n"] == 0:
+    if indirect and not may_have_block(wa, ra):
         return False
     copied = ring["policy"] == POLICY_COPY or ring["pages"] + pages > ring["pages_limit"]
-    if copied and not reserve_bounce(wa, pages):
+    if copied and not reserve_bounce(wa, ra, pages):
         return False
-    block = pop_block(wa) if indirect else i64(0)
+    block = pop_block(wa, ra) if indirect else i64(0)
     req = req_at(qa)
     req["ring"], req["index"], req["taken"] = ra, index, worker_at(wa)["now"]
     req["failed"] = 0
@@ -114,7 +114,6 @@ def _take_replays(wa: int, ra: int, budget: int) -> int:
         following = req["next"]
         payload = record_of(ring, req["index"]) + PAYLOAD_AT
         if not _prepare(wa, ra, qa, req["index"], payload):
-            w["starved"] = 1
             break
         ring["replay_head"] = following
         _plan_one(qa, ring["device"], payload)
@@ -155,7 +154,6 @@ def take(wa: int, ra: int, budget: int) -> int:
         if not _prepare(wa, ra, qa, index, payload):
             push_free(ring, index)
             ring["blocked"] = 1
-            w["starved"] = 1
             break
         commit_taken(record, (cons + taken) & 0xFFFFFFFF, w["now"])
         _plan_one(qa, ring["device"], payload)

@@ -22,7 +22,7 @@ from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage import software_pool
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
-from pvdrivers.syscalls import CYCLES
+from pvdrivers.syscalls import CYCLES, MAP_NORESERVE
 from rings.jit import compile_for
 
 from . import loop
@@ -53,8 +53,9 @@ LIMIT = (
     " configuration), or vm.max_map_count if that is what is short, or use policy=copy"
 )
 FAIR_DEPTH = 8
-BLOCKS = 64
-BOUNCE_PAGES = 8192
+# Address space: what is never used takes no memory. See pools for who may have how much.
+BLOCKS_KEPT, BLOCKS = MAX_RINGS, MAX_RINGS + 2048
+BOUNCE_KEPT, BOUNCE_PAGES = 1 << 16, 1 << 17
 CQ_ENTRIES = 8192
 INTERRUPT = signal.SIGUSR2
 """Ends a system call of a worker that a guest holds up; see `events`."""
@@ -66,7 +67,8 @@ class Memory:
     """Zeroed pages at an address, resident only where they are touched. Keep it alive as long as the address."""
 
     def __init__(self, size: int) -> None:
-        self._map = mmap.mmap(-1, max(size, 1))
+        # NORESERVE: a pool that is mostly never touched is not to count as memory that is promised.
+        self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self.bytes.ctypes.data)
 
@@ -145,6 +147,7 @@ class Worker:
         free = self._new(BOUNCE_PAGES * 4).array(np.int32, BOUNCE_PAGES)
         free[:] = np.arange(BOUNCE_PAGES - 1, -1, -1)  # the first page is on top: few are ever touched
         w["bounce_free"], w["bounce_n"] = free.ctypes.data, BOUNCE_PAGES
+        w["bounce_kept"], w["blocks_kept"] = BOUNCE_KEPT, BLOCKS_KEPT
         blocks = self._new(BLOCKS * BLOCK_SIZE)
         stack = self._new(BLOCKS * 8).array(np.int64, BLOCKS)
         stack[:] = blocks.address + np.arange(BLOCKS - 1, -1, -1) * BLOCK_SIZE

@@ -22,7 +22,7 @@ from .batch import OP_SIZE, add_copies, add_unmap, copy_batch, map_batch, op_at,
 from .cache import FOREVER, HELD_PERSISTENT, NO_HANDLE, drop_cache, keep
 from .marks import mark_limited, req_at, ring_at, stats_at, worker_at
 from .persistent import cache_at, entry_at, lookup, put_back
-from .pools import pop_bounce, push_block, push_bounce, reserve_bounce, wake_starved
+from .pools import free_bounce, pop_bounce, push_block, push_bounce, wake_starved
 from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
 
 _IOVEC_SIZE = IOVEC.itemsize
@@ -116,6 +116,7 @@ def _bounce(wa: int, qa: int, copies: int) -> int:
     for k in range(req["nseg"]):
         op_at(req["ops"], k)["address"] = pop_bounce(wa)
     req["bounced"] = req["nseg"]
+    ring_at(req["ring"])["bounced"] += req["nseg"]
     req["held"] = 1
     return add_copies(wa, qa, copies, 0) if req["to_guest"] == 0 else copies
 
@@ -159,11 +160,10 @@ def _fall_back(wa: int, ra: int, n: int) -> None:
         req = req_at(reqs[i])
         if req["nseg"] == 0 or not _is_limit(req["failed"]):
             continue
-        if reserve_bounce(wa, req["nseg"]):
+        if free_bounce(wa) >= req["nseg"]:  # beyond its share if need be: it is taken, and would fail
             req["failed"] = 0
             stats["fallbacks"] += 1
             copies = _bounce(wa, reqs[i], copies)
-            w["bounce_reserved"] -= req["nseg"]
         else:
             stats["map_failures"] += 1
     copy_batch(wa, copies)
@@ -232,6 +232,7 @@ def _let_go(wa: int, qa: int, n: int) -> int:
     if req["bounced"] > 0:
         for k in range(req["bounced"]):
             push_bounce(wa, op_at(req["ops"], k)["address"])
+        ring_at(req["ring"])["bounced"] -= req["bounced"]
         req["bounced"] = 0
         return n
     ca = ring_at(req["ring"])["cache"]
@@ -260,7 +261,7 @@ def release(wa: int, qa: int) -> None:
         ring["pages"] -= req["pages"]
         req["pages"] = 0
         if req["block"] != 0:
-            push_block(wa, req["block"])
+            push_block(wa, ra, req["block"])
             req["block"] = 0
         qa = req["next"]
     unmap_batch(wa, w["ops"], n)

@@ -73,10 +73,12 @@ WORKER = np.dtype(
         ("bounce_free", "i8"),  # i4 stack of free bounce pages
         ("bounce_n", "i8"),  # how many are free
         ("bounce_reserved", "i8"),  # of these, for requests of this pass
+        ("bounce_kept", "i8"),  # ... and the last of them, for rings that have none
         ("blocks_free", "i8"),  # i8 stack of addresses of free BLOCKs, for requests of many segments
         ("blocks_n", "i8"),
+        ("blocks_kept", "i8"),  # the last of them are for rings that have none
         ("leaving", "i8"),  # rings that are to be detached are still on a list
-        ("starved", "i8"),  # rings that wait for a block or for bounce pages
+        ("starved", "i8"),  # rings that have none wait for a block or for bounce pages
         ("starved_first", "i8"),  # index of the one that is woken first when there are some again
         ("zero", "i8"),  # address of ZERO_BYTES of zeros, for secure discard
         ("passes", "i8"),
@@ -158,6 +160,8 @@ RING = np.dtype(
         ("cache", "i8"),  # address of a PERSISTENT_CACHE, with POLICY_PERSISTENT
         ("pages_limit", "i8"),  # pages that requests in flight may have mapped; who would exceed it is copied
         ("pages", "i8"),  # ... and may have now
+        ("bounced", "i8"),  # bounce pages that its requests in flight have
+        ("blocks", "i8"),  # ... and BLOCKs
         ("keep_ns", "i8"),  # how long it keeps a page that is not used
         ("fetch_copies", "i8"),  # what is read once is copied: to map the pages did not do
         ("purged", "i8"),  # ns: when it last looked for such pages

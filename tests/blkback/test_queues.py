@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blkback import attach, queue
+from blkback import attach, queue, take
 from blkback.records import BLK_REQ, DISK
 from pvdrivers.journal import Journal
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.constants import STORE_MEMORY, STORE_NULL
 from pvdrivers.storage.uring_layout import URING
-from pvdrivers.worker import loop
+from pvdrivers.worker import grants, loop
 from pvdrivers.worker.control import Memory
 from pvdrivers.worker.journal import JOURNAL_RECORD, TAKEN
-from pvdrivers.worker.marks import mark_ready, worker_at
+from pvdrivers.worker.marks import complete, mark_ready, worker_at
 from pvdrivers.worker.records import (
     POLICY_COPY,
     POLICY_MAP,
     POLICY_PERSISTENT,
+    REQ,
     RING,
     RING_ACTIVE,
     RING_DETACHED,
@@ -72,9 +73,9 @@ class Queues:
     """One disk, two rings, one worker; with `recover` the successor of one whose guest and journal these are."""
 
     def __init__(
-        self, path: Path, policy: int = POLICY_MAP, before: Queues | None = None, *, bounce: int = 16
+        self, path: Path, policy: int = POLICY_MAP, before: Queues | None = None, *, bounce: int = 16, blocks: int = 1
     ) -> None:
-        self.bed = bed = Bed(policy, grefs=SLOTS, slots=SLOTS, max_ops=16, bounce=bounce)
+        self.bed = bed = Bed(policy, grefs=SLOTS, slots=SLOTS, max_ops=16, bounce=bounce, blocks=blocks)
         seam: Any = next(k for k in bed._keep if isinstance(k, np.ndarray) and k.dtype == SEAM)
         seam["event_notify"] = address_of(nobody_listens)
         self.memory = before.memory if before else Memory((RINGS + SLOTS) * PAGE)
@@ -191,6 +192,49 @@ def test_a_block_goes_to_who_has_waited(tmp_path: Path) -> None:
         queues.put_indirect(0, NR - (int(queues.indices(0)[0]) - int(queues.indices(0)[2])))
         queues.run(1)
     assert len(queues.answers(1)) == 1
+    queues.bed.check()
+
+
+@seam_function
+def never_answered(wa: int, ra: int, budget: int, abandoned: int) -> int:
+    """RING.step of a disk whose store takes requests and is not heard of again."""
+    n = take.take(wa, ra, budget)
+    if n == 0:
+        return 0
+    take.fetch_indirect(wa, ra, n)
+    grants.acquire(wa, ra, n)
+    return 1
+
+
+@pytest.mark.parametrize("policy", [POLICY_MAP, POLICY_COPY])
+def test_a_dead_store_is_its_own_guests_trouble(policy: int, tmp_path: Path) -> None:
+    """Its ring has what it may have of blocks and bounce pages, and wants more; the other ring's large requests go on,
+    and each of them has not to look at the dead one again."""
+    queues = Queues(tmp_path / "journal", policy, bounce=16 * 64, blocks=64)
+    for k in range(16):
+        queues.bed.pages[7].view(blkif.SEGMENT)[k] = (k % 2, k % 8, k % 8)
+    good = int(queues.rings[0]["step"])
+    queues.rings[0]["step"] = address_of(never_answered)
+    queues.put_indirect(0, NR, gref=7)
+    queues.run(10)
+    assert queues.taken(0) == 7 and queues.bed.worker[0]["starved"] == 0
+    for _ in range(3):
+        queues.put_indirect(1, 8, gref=7)
+        mark_ready(queues.bed.wa, queues.ra(1))
+        queues.run(1)
+        assert queues.rings[0]["ready"] == 0
+        queues.run(8)
+        assert queues.answers(1) == [0] * 8
+    assert queues.taken(0) == 7 and queues.answers(0) == []
+    queues.rings[0]["step"] = good  # it is back: what it had comes back as well
+    for k, head in enumerate(queues.reqs[0].array(BLK_REQ, NR)["head"].view(REQ).ravel()):
+        if head["ring"]:
+            complete(queues.reqs[0].address + k * BLK_REQ.itemsize, int(head["nbytes"]))
+    queues.run(20)
+    assert len(queues.answers(0)) == NR
+    w = queues.bed.worker[0]
+    assert (int(w["blocks_n"]), int(w["bounce_n"])) == (64, 16 * 64)
+    assert not queues.rings["blocks"].any() and not queues.rings["bounced"].any()
     queues.bed.check()
 
 
@@ -312,7 +356,7 @@ def test_indirect_pages_are_kept_with_persistent_grants(policy: int, tmp_path: P
     queues.bed.check()
 
 
-@pytest.mark.parametrize("bounce", [16, 2])
+@pytest.mark.parametrize("bounce", [64, 2])
 def test_what_may_not_be_mapped_is_copied(bounce: int, tmp_path: Path) -> None:
     """Two queues may have four and no pages mapped. Who finds no bounce pages waits, and nothing fails."""
     queues = Queues(tmp_path / "journal", bounce=bounce)
@@ -332,7 +376,7 @@ def test_what_may_not_be_mapped_is_copied(bounce: int, tmp_path: Path) -> None:
                 assert set(queues.store[: 2 * PAGE].tolist()) == {5, 6}
         mapped = int(queues.bed.counts[0]["maps"]) - before
         assert (mapped > 0) == (most > 0)
-        if bounce == 16:
+        if bounce == 64:
             # Pages 0, 1, 2 of each pass; the request after them would be the fourth and fifth.
             assert mapped == 2 * min(most, 3) and queues.stats[q]["grants_copied"] == 2 * (7 - min(most, 3))
     assert not queues.rings["pages"].any() and queues.bed.worker[0]["bounce_n"] == bounce

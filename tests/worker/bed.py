@@ -171,13 +171,13 @@ def counting_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
 
 
 @kernel
-def reserve(wa: int, pages: int) -> bool:
-    return pools.reserve_bounce(wa, pages)
+def reserve(wa: int, ra: int, pages: int) -> bool:
+    return pools.reserve_bounce(wa, ra, pages)
 
 
 @kernel
-def pop_block(wa: int) -> int:
-    return pools.pop_block(wa)
+def pop_block(wa: int, ra: int) -> int:
+    return pools.pop_block(wa, ra)
 
 
 @kernel
@@ -220,9 +220,10 @@ class Bed:
     """One worker, one ring of one policy, `grefs` pages of a guest, `slots` requests."""
 
     def __init__(
-        self, policy: int, *, grefs: int = 12, slots: int = 8, max_ops: int = 8, bounce: int = 16, bound: int = 6
-    ) -> None:
-        self.policy, self.max_ops = policy, max_ops
+        self, policy: int, *, grefs: int = 12, slots: int = 8, max_ops: int = 8, bounce: int = 16, bound: int = 6,
+        blocks: int = 1,
+    ) -> None:  # fmt: skip
+        self.policy, self.max_ops, self.n_blocks = policy, max_ops, blocks
         self._keep: list[Any] = []
         self.pages = self._bytes(grefs * PAGE).reshape(grefs, PAGE)
         self.pages[:] = np.arange(grefs, dtype=np.uint8)[:, None] + 1
@@ -271,10 +272,10 @@ class Bed:
         free = self._bytes(bounce * 4).view(np.int32)
         free[:] = np.arange(bounce - 1, -1, -1)
         w["bounce"], w["bounce_free"], w["bounce_n"] = self.bounce.ctypes.data, free.ctypes.data, bounce
-        self.block = self._bytes(BLOCK_SIZE)
-        blocks = self._bytes(8).view(np.int64)
-        blocks[0] = self.block.ctypes.data
-        w["blocks_free"], w["blocks_n"] = blocks.ctypes.data, 1
+        self.block = self._bytes(self.n_blocks * BLOCK_SIZE)
+        blocks = self._bytes(self.n_blocks * 8).view(np.int64)
+        blocks[:] = self.block.ctypes.data + np.arange(self.n_blocks) * BLOCK_SIZE
+        w["blocks_free"], w["blocks_n"] = blocks.ctypes.data, self.n_blocks
 
     def _fill_ring(self, bound: int) -> None:
         ring = self.ring[0]
@@ -300,7 +301,7 @@ class Bed:
 
     def prepare(self, slot: int, segments: list[tuple[int, int, int]], to_guest: bool, *, block: bool = False) -> bool:
         """Fill in a request as blkback's _prepare and plan do; False if it has to wait for bounce pages."""
-        if self.ring[0]["policy"] == POLICY_COPY and not reserve(self.wa, self.max_ops):
+        if self.ring[0]["policy"] == POLICY_COPY and not reserve(self.wa, self.ra, self.max_ops):
             return False
         r = self.reqs[slot]
         r["ring"], r["to_guest"], r["nseg"] = self.ra, to_guest, len(segments)
@@ -310,7 +311,7 @@ class Bed:
         r["iov"], r["block"] = self.iovs[slot].ctypes.data, 0
         where = self.segs[slot]
         if block:
-            at = pop_block(self.wa)
+            at = pop_block(self.wa, self.ra)
             r["block"], r["segs"], r["ops"], r["iov"] = at, at, at + BLOCK_OPS_AT, at + BLOCK_IOV_AT
             where = self.block[: 8 * len(segments)].view(SEGMENT)
         self.held[slot] = np.frombuffer(b"\xee" * 32, GRANT_OP)[0]

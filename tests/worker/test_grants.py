@@ -15,7 +15,7 @@ def whole(*grefs: int) -> list[Segment]:
 
 @pytest.mark.parametrize("policy", [POLICY_MAP, POLICY_PERSISTENT, POLICY_COPY])
 def test_one_bad_page_fails_its_request_alone(policy: int) -> None:
-    bed = Bed(policy, bounce=64)
+    bed = Bed(policy, bounce=512)
     bed.refused[4] = BAD_GNTREF
     for slot, segments in enumerate([whole(0, 1), whole(3, 4, 5), whole(2), []]):
         assert bed.prepare(slot, segments, to_guest=False)

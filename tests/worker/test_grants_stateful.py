@@ -12,7 +12,7 @@ from pvdrivers.worker.cache import HELD_PERSISTENT, drop_cache
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
 from tests.worker.bed import BAD_GNTREF, PAGE, Bed, Segment
 
-GREFS, SLOTS, MAX_OPS, BOUNCE, BOUND = 12, 8, 8, 20, 6
+GREFS, SLOTS, MAX_OPS, BOUNCE, BOUND = 12, 8, 8, 300, 6
 segment = st.builds(
     lambda gref, first, last: (gref, first * 512, (max(first, last) - first + 1) * 512),
     st.integers(0, GREFS),  # the last is none of the guest's
@@ -285,7 +285,7 @@ class Copy(Grants):
 class Limited(Copy):
     """Xen has room for a few pages: what is mapped before it is used up stays right, and all else is copied."""
 
-    bounce = SLOTS * MAX_OPS
+    bounce = SLOTS * MAX_OPS * 9
     drops = 1
 
     @initialize(policy=st.sampled_from([POLICY_MAP, POLICY_PERSISTENT]), room=st.integers(0, 12))
