@@ -69,6 +69,7 @@ class Host:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._store_fd = -1
+        self._away = False  # ... for a while now: said once
         self._reconnect = Backoff(self, self._store_back, *_RECONNECT)
         self._refreshing = False
         self._error: PvError | None = None
@@ -106,7 +107,8 @@ class Host:
         alerts = self.context.workers.alert_fd
         self._selector.register(alerts, selectors.EVENT_READ, self._alerted)
         try:
-            self._attach()
+            self._hear_store()
+            self.finder.attach()
             self.started = True
             if ready is not None:
                 ready(len(self.lives) + len(self.finder.waiting))
@@ -237,7 +239,9 @@ class Host:
     def store_lost(self) -> None:
         if self._store_fd < 0:
             return
-        log.error("the connection to xenstore is lost; devices are served, but none comes or goes meanwhile")
+        if not self._away:
+            log.error("the connection to xenstore is lost; devices are served, but none comes or goes meanwhile")
+        self._away = True
         self._selector.unregister(self._store_fd)
         self._store_fd = -1
         if self._connect_store is None:
@@ -248,39 +252,37 @@ class Host:
     def _store_back(self) -> None:
         assert self._connect_store is not None
         try:
-            store = self._connect_store()
-            if _is_empty(store):
-                # Started afresh, with nothing in it: to look at it now would be to give up all that is served.
-                store.close()
-                raise OSError(errno.ENOENT, "xenstore is empty")
+            store = _open_store(self._connect_store)
         except OSError as e:
             log.debug("xenstore: %s", e)
             self._reconnect.again()
             return
         self.store.close()
         self.context.platform.store = store
-        self._reconnect.reset()
-        log.warning("xenstore is back")
+        self._hear_store()
         try:
             self._look_for_lost()
-            self._attach()
+            self.finder.attach()
         except OSError as e:
-            log.error("%s", e)
+            log.debug("xenstore: %s", e)
             self.store_lost()
+            return
+        if self._store_fd >= 0:
+            self._reconnect.reset()
+            self._away = False
+            log.warning("xenstore is back")
 
     def _look_for_lost(self) -> None:
         for life in self.lives.values():
-            if life.connected and life.nodes.came_back():
+            if life.in_use and life.nodes.came_back():
                 text = "xenstore was restarted, and knows neither it nor its guest; it is served as before"
                 life.troubles.add("lost", text)
             else:
                 life.troubles.over("lost")
 
-    def _attach(self) -> None:
-        """Hear of everything in the store, and look at everything."""
+    def _hear_store(self) -> None:
         self._store_fd = self.store.fileno()
         self._selector.register(self._store_fd, selectors.EVENT_READ, self.finder.store_events)
-        self.finder.attach()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Of each device: where its handshake is and since when (seconds since the epoch), what is not as it should be,
@@ -300,8 +302,16 @@ class Host:
         }
 
 
-def _is_empty(store: XenStore) -> bool:
+def _open_store(connect: Callable[[], XenStore]) -> XenStore:
+    """A connection that answers. OSError: there is none, or nothing in the store."""
+    store = connect()
     try:
-        return store.ls("/local/domain") is None
+        if store.ls("/local/domain") is None:
+            # Started afresh, with nothing in it: to look at it now would be to give up all that is served.
+            raise OSError(errno.ENOENT, "xenstore is empty")
     except PermissionError:
-        return False
+        pass  # a driver domain's view
+    except BaseException:
+        store.close()
+        raise
+    return store

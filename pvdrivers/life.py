@@ -16,6 +16,7 @@ from typing import Any
 from .control import Control
 from .device import BackKeys, Device, FrontKeys, NotRecoverable, NotYet, Publish
 from .errors import ConfigError, ProtocolViolation, PvError
+from .handling import Handling
 from .nodes import Nodes, connection_lost
 from .pace import QUIET_SECONDS, Pace
 from .storage.locks import DrainingError
@@ -40,14 +41,13 @@ class Life:
         self.ident = device.ident
         self.state = S.Unknown
         """Our state, as it was last seen in the store or written there."""
-        self.connected = False
-        """connect() has succeeded, and the rings are in use."""
         self.gone = False
         """The device is no more; nothing will happen here again."""
         self.violations = 0
         self.troubles = Troubles(str(device.ident), control, lambda: control.changed(self))
         self.nodes = Nodes(control, device.ident)
         self._control = control
+        self._handling = Handling(device)
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
         self._before: XenbusState | None = None
         self._busy = False  # a job is under way
@@ -65,6 +65,16 @@ class Life:
     def error(self) -> str:
         """What was reported last and is not over, "" if all is well."""
         return self.nodes.reported
+
+    @property
+    def connected(self) -> bool:
+        """Its rings are in use."""
+        return self._handling.connected
+
+    @property
+    def in_use(self) -> bool:
+        """The same, or they are being taken over from a process that ended."""
+        return self.connected or (self._busy and self.state is S.Connected)
 
     # What may happen
 
@@ -185,22 +195,22 @@ class Life:
             self._fresh = False
             return True
         if action is Action.CLOSE:
-            return self._do(self._disconnect, partial(self._closed, ours, wanted.state))
+            return self._do(self._handling.disconnect, partial(self._closed, ours, wanted.state))
         if action is Action.REMOVE:
-            return self._do(self._remove, partial(self._removed, ours, wanted.state))
+            return self._do(self._handling.remove, partial(self._removed, ours, wanted.state))
         self.device.params = BackKeys.read(self._control.store, self.ident)
         job: Callable[[], Any]
         if action is Action.RECONFIGURE:
             job = self.device.refresh
         elif action is Action.ADVERTISE:
-            job = self._advertise
+            job = self._handling.advertise
         else:
             try:
                 front = FrontKeys.read(self._control.store, self.ident)
             except ProtocolViolation as e:
                 self.fault(e.violation)
                 return True
-            job = partial(self._connect, front, action is Action.RECOVER)
+            job = partial(self._handling.connect, front, action is Action.RECOVER)
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
 
     def _drop(self, ours: XenbusState, why: str) -> bool:
@@ -213,7 +223,7 @@ class Life:
             self._fresh = False
             self._fault = None  # last: if the store fails, all this is done again
 
-        return self._do(self._disconnect, dropped)
+        return self._do(self._handling.disconnect, dropped)
 
     def _start_refresh(self, ours: XenbusState) -> bool:
         wanted, self._refresh = self._refresh and self.connected, False
@@ -222,36 +232,7 @@ class Life:
         self.device.params = BackKeys.read(self._control.store, self.ident)
         return self._do(self.device.refresh, partial(self._refreshed, ours))
 
-    # Jobs: these run elsewhere, and nothing else happens to this device meanwhile
-
-    def _advertise(self) -> Publish:
-        self._disconnect()
-        return self.device.advertise()
-
-    def _connect(self, front: FrontKeys, recover: bool) -> Publish:
-        self._disconnect()
-        if recover:
-            self.device.advertise()
-        keys = self.device.connect(front, recover=recover)
-        self.connected = True
-        return keys
-
-    def _disconnect(self) -> None:
-        if self.connected:
-            self.connected = False
-            try:
-                self.device.disconnect()
-            except Exception:
-                log.exception("%s: while disconnecting", self.ident)
-
-    def _remove(self) -> None:
-        self._disconnect()
-        try:
-            self.device.removed()
-        except Exception:
-            log.exception("%s: while being removed", self.ident)
-
-    # What follows on them, on the control thread
+    # Jobs run elsewhere, and nothing else happens to this device meanwhile; then what follows on them
 
     def _do(self, job: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> bool:
         def done(result: Any, error: BaseException | None) -> None:
@@ -369,7 +350,7 @@ class Life:
             done()
 
         self._ended = self._busy = True
-        self.connected = False
+        self._handling.connected = False
         self._pace.release()
         self._control.submit(self.device.hand_over, handed)
 

@@ -1,0 +1,110 @@
+"""xenstored ends, hangs, comes back with nothing in it, or refuses: what is served goes on being served."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from pvdrivers.nodes import Nodes
+from pvdrivers.xenbus import XenbusState as S
+from pvdrivers.xenstore import XenStoreClient, XenStoreError
+from tests.device.yard import Daemon, Yard, connect, until
+from tests.xenstore.conftest import Served
+
+
+def break_connection(daemon: Daemon) -> None:
+    with socket.socket(fileno=os.dup(daemon.platform.store._fd)) as theirs:
+        theirs.shutdown(socket.SHUT_RDWR)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def restart_xenstored(yard: Yard, daemon: Daemon) -> None:
+    """The new one has dom0's home in it, as xen-init-dom0 makes it, and no guest's."""
+    yard.served.close()
+    until(lambda: daemon.host._store_fd == -1)
+    yard.served.path.unlink(missing_ok=True)
+    yard.served = Served(yard.served.path)
+    yard.stack.callback(yard.served.close)
+    time.sleep(0.3)
+    with yard.served.client() as dom0:
+        dom0.write("/local/domain/0/name", "Domain-0")
+    until(lambda: daemon.host._store_fd >= 0)
+
+
+def test_xenstored_is_restarted_twice(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = yard.daemon()
+    connect(yard.guest(5))
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+    for _ in range(2):
+        restart_xenstored(yard, daemon)
+        time.sleep(0.2)
+        life = daemon.host.lives["vbd", 5, 51712]
+        assert life.connected and daemon.disks["vbd-5-51712"].calls == ["advertise", "connect"]
+        assert "lost" in daemon.host.stats()["vbd-5-51712"]["troubles"]
+    assert caplog.text.count("xenstore was restarted") == 1
+
+
+def test_xenstored_is_restarted_while_a_disk_is_taken_over(yard: Yard) -> None:
+    first = yard.daemon()
+    connect(yard.guest(5))
+    second = yard.daemon()
+    stuck = second.stuck["vbd-5-51712"] = threading.Event()
+    first.host.stop()
+    until(lambda: "vbd-5-51712" in second.disks and second.disks["vbd-5-51712"].calls == ["advertise"])
+    restart_xenstored(yard, second)
+    stuck.set()
+    until(lambda: second.host.lives["vbd", 5, 51712].connected)
+    time.sleep(0.2)
+    assert second.disks["vbd-5-51712"].calls == ["advertise", "recover"]
+
+
+def test_the_connection_breaks_again_while_devices_are_looked_for(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+    came_back, times = Nodes.came_back, []
+
+    def breaks(self: Nodes) -> bool:
+        times.append(1)
+        if len(times) <= 2:
+            break_connection(daemon)
+        return came_back(self)
+
+    monkeypatch.setattr(Nodes, "came_back", breaks)
+    break_connection(daemon)
+    until(lambda: len(times) == 3)
+    until(lambda: "xenstore is back" in caplog.text)
+    assert caplog.text.count("xenstore is lost") == 1, "it is away once"
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+
+
+def test_trying_leaves_nothing_open(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xenstored takes connections, and answers with errors: it is tried for ever, on the same few descriptors."""
+    daemon = yard.daemon()
+    connect(yard.guest(5))
+    tries: list[int] = []
+    ls = XenStoreClient.ls
+
+    def refuses(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
+        if path == "/local/domain" and len(tries) < 4:
+            tries.append(open_files())
+            raise XenStoreError(errno.EIO, "DIRECTORY", path)
+        return ls(self, path, tx)
+
+    monkeypatch.setattr(XenStoreClient, "ls", refuses)
+    break_connection(daemon)
+    until(lambda: daemon.host._store_fd == -1)
+    until(lambda: daemon.host._store_fd >= 0)
+    assert len(tries) == 4 and tries[-1] - tries[0] < 4
