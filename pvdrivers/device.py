@@ -8,6 +8,7 @@ the store, which the toolstack wrote; the guest's directory holds claims, and ev
 
 from __future__ import annotations
 
+import errno
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from .budget import Budget
-from .errors import ConfigError, ProtocolViolation, PvError
+from .errors import ConfigError, GuestError, ProtocolViolation, PvError
 from .platform import Platform, XenStore
 
 Publish: TypeAlias = dict[str, str | int | bytes]
 """Keys for the backend's directory, relative to it."""
 
-MAX_NODES = 1024
+MAX_NODES = 512
 """Nodes in a frontend directory. 16 queues with rings of 16 pages take about 300."""
 MAX_NAME = 64
 """Characters in the name of a node there; the longest in use is half of it."""
 MAX_VALUE = 256
 """Bytes in a value there."""
+_MOST_TRIES = 4
 _MAX_DEPTH = 3  # vscsi-devs/dev-0/state
 _DOMID_FIRST_RESERVED = 0x7FF0
 
@@ -190,7 +192,10 @@ class FrontKeys(_Keys):
 
     @classmethod
     def read(cls, store: XenStore, device: DeviceId) -> FrontKeys:
-        """The directory as it is at one moment; bounded, as the guest says how much is in it."""
+        """The directory as it is at one moment; bounded, as the guest says how much is in it and how often.
+
+        Raises ProtocolViolation beyond the bounds, GuestError if the guest writes there all the time.
+        """
 
         def snapshot(tx: int) -> dict[str, bytes]:
             values: dict[str, bytes] = {}
@@ -199,7 +204,12 @@ class FrontKeys(_Keys):
                 values[path] = (raw or b"")[: MAX_VALUE + 1]
             return values
 
-        values: dict[str, bytes] = store.transaction(snapshot)
+        try:
+            values: dict[str, bytes] = store.transaction(snapshot, tries=_MOST_TRIES)
+        except OSError as e:
+            if e.errno != errno.EAGAIN:  # a conflict each time
+                raise
+            raise GuestError(f"{device.frontend_path} was written to each of {_MOST_TRIES} times it was read") from e
         keys = cls(device, values)
         for path, raw in values.items():
             if len(raw) > MAX_VALUE:
@@ -310,9 +320,8 @@ class Device(ABC):
     Any method may take long (draining a disk takes seconds): it holds up this device and no other. Whatever
     an exception leaves open, the method that raised has to close itself: after a connect() that raised there
     is no disconnect(). Exceptions: ProtocolViolation closes the device; ConfigError waits for the operator; NotYet
-    is no trouble;
-    StoreError, PlatformError, DeviceBusyError and OSError are tried again, later and later; anything else is
-    our own fault, is logged with its traceback, and closes the device.
+    is no trouble; StoreError, PlatformError, DeviceBusyError, GuestError and OSError are tried again, later and
+    later; anything else is our own fault, is logged with its traceback, and closes the device.
     """
 
     params: BackKeys

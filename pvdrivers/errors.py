@@ -27,6 +27,10 @@ class DeviceBusyError(PvError):
     """The device, its backing store or its run directory is already served by another process."""
 
 
+class GuestError(PvError):
+    """What the guest's keys name does not work: held against it, and tried again, later and later."""
+
+
 class ProtocolViolation(PvError):
     """The other end of a device broke the protocol. Names domain, device and violation."""
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from .control import Control
-from .device import BackKeys, Device, FrontKeys, NotRecoverable, NotYet, Publish
+from .device import BackKeys, Device, NotRecoverable, NotYet, Publish
 from .errors import ConfigError, ProtocolViolation, PvError
 from .handling import Handling
 from .nodes import Nodes, connection_lost
@@ -47,7 +47,7 @@ class Life:
         self.troubles = Troubles(str(device.ident), control, lambda: control.changed(self))
         self.nodes = Nodes(control, device.ident)
         self._control = control
-        self._handling = Handling(device)
+        self._handling = Handling(device, control)
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
         self._before: XenbusState | None = None
         self._busy = False  # a job is under way
@@ -205,12 +205,7 @@ class Life:
         elif action is Action.ADVERTISE:
             job = self._handling.advertise
         else:
-            try:
-                front = FrontKeys.read(self._control.store, self.ident)
-            except ProtocolViolation as e:
-                self.fault(e.violation)
-                return True
-            job = partial(self._handling.connect, front, action is Action.RECOVER)
+            job = partial(self._handling.connect, action is Action.RECOVER)
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
 
     def _drop(self, ours: XenbusState, why: str) -> bool:

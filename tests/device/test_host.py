@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -147,6 +147,49 @@ def test_a_storm_does_not_hold_up_others(yard: Yard) -> None:
         client.close()
     storm.say(S.Closed)
     until(lambda: storm.state() == S.Closed)
+
+
+def test_keys_that_are_written_while_they_are_read(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    """Each try to have all of them at one moment fails: that takes a while, which must not be the others'."""
+    daemon = yard.daemon()
+    liar, other = yard.guest(5), yard.guest(6)
+    liar.attach()
+    until(lambda: liar.state() == S.InitWait)
+    for i in range(400):
+        liar.guest.write(f"{liar.front}/queue-{i % 2}/k{i}", 1)
+    longest = [0.0]
+    guarded = daemon.host._guarded
+
+    def timed(call: Callable[[], None]) -> None:
+        began = time.monotonic()
+        guarded(call)
+        longest[0] = max(longest[0], time.monotonic() - began)
+
+    daemon.host._guarded = timed  # type: ignore[method-assign]
+    end = threading.Event()
+    client = yard.served.guest(5)
+
+    def write() -> None:
+        number = 0
+        while not end.wait(0.001):
+            client.write(liar.front + "/queue-0/k0", number := number + 1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        liar.publish()
+        life = daemon.host.lives["vbd", 5, 51712]
+        until(lambda: life.error)
+        began = time.monotonic()
+        connect(other)
+        assert time.monotonic() - began < 5
+    finally:
+        end.set()
+        writer.join()
+        client.close()
+    assert "was written to each of" in life.error and longest[0] < 0.5
+    until(lambda: liar.state() == S.Connected)
+    assert life.error == ""
 
 
 def test_the_connection_to_the_store_is_lost(yard: Yard) -> None:
