@@ -18,6 +18,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from .platform import XenStore
 log = logging.getLogger("pvdrivers.host")
 
 _RECONNECT = (0.1, 5.0)
+STORE_SECONDS = 5.0
+"""How long a request to xenstore may hold up the control thread, which gives the signs of life. It takes much less than
+a millisecond; after this the connection is given up, and made anew."""
 
 
 class Host:
@@ -51,6 +55,7 @@ class Host:
         """`domains`: serve only these guests. `connect_store` makes a new connection when the store's is
         lost. `kernel_root`: below it is seen what the kernel serves itself, on a real Xen."""
         self.context = context
+        context.platform.store.timeout = STORE_SECONDS
         self.lives: dict[Key, Life] = {}
         self.claims = Claims(context.run_dir)
         self.finder = Finder(self, classes, domains, kernel_root)
@@ -70,7 +75,7 @@ class Host:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._store_fd = -1
         self._away = False  # ... for a while now: said once
-        self._reconnect = Backoff(self, self._store_back, *_RECONNECT)
+        self._reconnect = Backoff(self, self._try_store, *_RECONNECT)
         self._refreshing = False
         self._error: PvError | None = None
 
@@ -249,12 +254,16 @@ class Host:
         else:
             self._reconnect.again()
 
-    def _store_back(self) -> None:
+    def _try_store(self) -> None:
+        # By a job: an xenstored that hangs must not have this thread wait for it again and again.
         assert self._connect_store is not None
-        try:
-            store = _open_store(self._connect_store)
-        except OSError as e:
-            log.debug("xenstore: %s", e)
+        self.submit(partial(_open_store, self._connect_store), self._store_back)
+
+    def _store_back(self, store: XenStore | None, error: BaseException | None) -> None:
+        if store is None:
+            if not isinstance(error, OSError):
+                log.error("xenstore: our own fault", exc_info=error)
+            log.debug("xenstore: %s", error)
             self._reconnect.again()
             return
         self.store.close()
@@ -305,6 +314,7 @@ class Host:
 def _open_store(connect: Callable[[], XenStore]) -> XenStore:
     """A connection that answers. OSError: there is none, or nothing in the store."""
     store = connect()
+    store.timeout = STORE_SECONDS
     try:
         if store.ls("/local/domain") is None:
             # Started afresh, with nothing in it: to look at it now would be to give up all that is served.

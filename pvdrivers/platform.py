@@ -146,6 +146,9 @@ class EventChannel(Protocol):
 class XenStore(Protocol):
     """A connection to xenstore (pvdrivers.xenstore.XenStoreClient is the one implementation)."""
 
+    timeout: float
+    """Seconds to wait for a reply before the connection is given up."""
+
     def fileno(self) -> int: ...
     def read(self, path: str, tx: int = 0) -> bytes | None: ...
     def write(self, path: str, value: bytes | str | int, tx: int = 0) -> None: ...

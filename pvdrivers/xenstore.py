@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from . import xs_wire as wire
+from .xs_domains import DomainRequests
 from .xs_wire import HEADER, PAYLOAD_MAX, XenStoreError
 
 __all__ = ["XenStoreClient", "XenStoreError", "default_path"]
@@ -39,16 +40,14 @@ def _path(operation: str, path: str) -> bytes:
     return raw + b"\0"
 
 
-class XenStoreClient:
+class XenStoreClient(DomainRequests):
     """One connection to xenstore. Safe to share between threads; one request at a time is under way."""
 
     def __init__(self, sock: socket.socket | int, *, timeout: float = 30.0) -> None:
-        """Takes over `sock`: a connected stream socket, or a descriptor of one or of /dev/xen/xenbus.
-
-        `timeout` is seconds to wait for a reply before the connection is given up.
-        """
+        """Takes over `sock`: a connected stream socket, or a descriptor of one or of /dev/xen/xenbus."""
         self._fd = sock if isinstance(sock, int) else sock.detach()
-        self._timeout = timeout
+        self.timeout = timeout
+        """Seconds to wait for a reply before the connection is given up."""
         self._lock = threading.RLock()
         self._buffer = bytearray()
         self._events: collections.deque[tuple[str, str]] = collections.deque()
@@ -180,14 +179,14 @@ class XenStoreClient:
         with self._lock:
             if self._broken:
                 raise XenStoreError(errno.ECONNRESET, operation, path, self._broken)
-            deadline = time.monotonic() + self._timeout
+            deadline = time.monotonic() + self.timeout
             self._req_id = req_id = (self._req_id + 1) & 0xFFFFFFFF
             self._send(HEADER.pack(type_, req_id, tx, len(payload)) + payload, deadline, operation, path)
             while (reply := self._next(operation, path)) is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._poll_in.poll(left * 1000):
                     # A late reply would be taken for the answer to the next request.
-                    why = f"no reply within {self._timeout:g} s, the connection is given up"
+                    why = f"no reply within {self.timeout:g} s, the connection is given up"
                     raise self._lost(errno.ETIMEDOUT, operation, path, why)
                 self._receive(operation, path)
             if reply.req_id != req_id or reply.type not in (type_, wire.XS_ERROR):
@@ -316,6 +315,14 @@ class XenStoreClient:
                 return []
             self._epoll.poll(left)
 
+    def reset_watches(self) -> None:
+        """Drops this connection's watches and transactions, and the events that are queued here."""
+        with self._lock:
+            self._talk(wire.XS_RESET_WATCHES, b"\0")
+            if self._events:
+                os.eventfd_read(self._queued)
+                self._events.clear()
+
     # Transactions
 
     def transaction_start(self) -> int:
@@ -350,46 +357,6 @@ class XenStoreClient:
                 if e.errno != errno.EAGAIN:
                     raise
         raise XenStoreError(errno.EAGAIN, "TRANSACTION_END", "", f"{tries} tries, and each met a conflict")
-
-    # Domains
-
-    def introduce(self, domid: int, gfn: int, port: int) -> None:
-        """Tells xenstored to serve a domain: its ring's frame number and event channel (dom0 only)."""
-        self._talk(wire.XS_INTRODUCE, b"%d\0%d\0%d\0" % (domid, gfn, port), str(domid))
-
-    def release(self, domid: int) -> None:
-        """Ends xenstored's service to a domain and removes what it owns (dom0 only)."""
-        self._talk(wire.XS_RELEASE, b"%d\0" % domid, str(domid))
-
-    def resume(self, domid: int) -> None:
-        """A domain that was shut down runs again (dom0 only)."""
-        self._talk(wire.XS_RESUME, b"%d\0" % domid, str(domid))
-
-    def is_introduced(self, domid: int) -> bool:
-        """Whether xenstored serves the domain (dom0 only)."""
-        return self._talk(wire.XS_IS_DOMAIN_INTRODUCED, b"%d\0" % domid, str(domid)) == b"T\0"
-
-    def get_domain_path(self, domid: int) -> str:
-        """Where a domain's own nodes are, "/local/domain/<domid>"."""
-        return self._talk(wire.XS_GET_DOMAIN_PATH, b"%d\0" % domid, str(domid)).rstrip(b"\0").decode()
-
-    def set_target(self, domid: int, target: int) -> None:
-        """Gives `domid` (a device model's domain) all rights of `target` (dom0 only)."""
-        self._talk(wire.XS_SET_TARGET, b"%d\0%d\0" % (domid, target), str(domid))
-
-    def reset_watches(self) -> None:
-        """Drops this connection's watches and transactions, and the events that are queued here."""
-        with self._lock:
-            self._talk(wire.XS_RESET_WATCHES, b"\0")
-            if self._events:
-                os.eventfd_read(self._queued)
-                self._events.clear()
-
-    def control(self, *words: str) -> str:
-        """A CONTROL command and its parameters, such as ("quota", "set", "nodes", "500"); the answer's text."""
-        payload = b"".join(word.encode() + b"\0" for word in words)
-        return self._talk(wire.XS_CONTROL, payload, " ".join(words)).rstrip(b"\0").decode(errors="replace")
-
 
 def default_path(environ: Mapping[str, str] = os.environ) -> str:
     """Where libxenstore looks: $XENSTORED_PATH, the socket's usual place, the kernel's device."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from pvdrivers import host as host_module
 from pvdrivers.nodes import Nodes
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
@@ -88,6 +92,56 @@ def test_the_connection_breaks_again_while_devices_are_looked_for(
     assert caplog.text.count("xenstore is lost") == 1, "it is away once"
     guest.say(S.Closed)
     until(lambda: guest.state() == S.Closed)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "STORE_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("short")
+def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes connections and requests, and answers none: the control thread waits for one of them, and then turns."""
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+    hangs, turns = threading.Event(), [time.monotonic()]
+
+    def turn() -> None:
+        turns.append(time.monotonic())
+        daemon.host.later(0.02, turn)
+
+    hanging = threading.Thread(target=lambda: yard.served.call(lambda: hangs.wait(8)))
+    hanging.start()
+    try:
+        daemon.host.submit(lambda: None, lambda *_: turn())
+        daemon.host.refresh()  # it asks for the parameters
+        until(lambda: "xenstore is lost" in caplog.text)
+        first = len(turns)
+        time.sleep(4)
+    finally:
+        hangs.set()
+        hanging.join()
+    gaps = [after - before for before, after in itertools.pairwise(turns)]
+    assert max(gaps[:first]) < 2 and max(gaps[first + 1 :]) < 0.7, "one wait, and then it is tried elsewhere"
+    assert daemon.disks["vbd-5-51712"].attached
+    until(lambda: daemon.host._store_fd >= 0)
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+
+
+def test_the_control_thread_waits_less_than_the_manager(yard: Yard) -> None:
+    unit = Path(__file__).parents[2] / "examples/dom0/pvdrivers.service"
+    seconds = re.search(r"^WatchdogSec=(\d+)$", unit.read_text(), re.MULTILINE)
+    assert seconds is not None and host_module.STORE_SECONDS <= 5 < int(seconds[1]) / 2
+    yard.dom0.write("/local/domain/0/name", "Domain-0")
+    daemon = yard.daemon()
+    first = daemon.platform.store
+    assert first.timeout == host_module.STORE_SECONDS
+    break_connection(daemon)
+    until(lambda: daemon.platform.store is not first)
+    assert daemon.platform.store.timeout == host_module.STORE_SECONDS
 
 
 def test_trying_leaves_nothing_open(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
