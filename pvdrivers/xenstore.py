@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _RECV = 65536
 _LIST_TRIES = 100
+_DEVICE_GONE = {errno.EBADF, errno.EIO, errno.ENODEV, errno.ENXIO, errno.EPIPE, errno.ECONNRESET}
 
 
 def _path(operation: str, path: str) -> bytes:
@@ -53,6 +54,7 @@ class XenStoreClient(DomainRequests):
         self._events: collections.deque[tuple[str, str]] = collections.deque()
         self._req_id = 0
         self._broken = ""
+        self._is_device = stat.S_ISCHR(os.fstat(self._fd).st_mode)
         os.set_blocking(self._fd, False)
         self._poll_in = select.poll()
         self._poll_in.register(self._fd, select.POLLIN)
@@ -122,6 +124,10 @@ class XenStoreClient(DomainRequests):
                     why = "xenstored takes no requests"
                     raise self._lost(errno.ETIMEDOUT, operation, path, why) from None
             except OSError as e:
+                if self._is_device and e.errno not in _DEVICE_GONE:
+                    # Linux answers WATCH itself, and a refusal (a quota) is what write(2) returns: the message is
+                    # dropped whole, no reply comes, and the next one begins afresh (xenbus_dev_frontend.c).
+                    raise XenStoreError(e.errno or errno.EINVAL, operation, path) from e
                 lost = self._gone(operation, path, e)
                 self._take_rest()
                 raise lost from e

@@ -17,6 +17,7 @@ from pvdrivers import toolstack
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
 from tests.device.yard import Yard, connect, until
+from tests.xenstore.device import XenbusDevice
 
 
 def test_a_kernel_driver_that_is_loaded_meanwhile(yard: Yard, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -282,6 +283,26 @@ def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypa
     yard.served.call(lambda: setattr(yard.served.server.quotas, "watches", 128))
     until(lambda: not daemon.host.finder.unwatched)
     assert caplog.text.count("no watch is left") == 1
+
+
+def test_no_watch_is_left_on_the_kernels_device(
+    yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same through /dev/xen/xenbus, which a driver domain has: a refused WATCH is an error of write(2)."""
+    monkeypatch.setattr(finder_module, "POLL_SECONDS", 0.05)
+    dd = DriverDomain(yard)
+    dd.attach(51728)
+    device = XenbusDevice(yard.served, 3, yard.stack, monkeypatch)
+    device.watches, device.refusal = 2, errno.E2BIG
+    daemon = yard.daemon(domid=3, connect=device.connect)
+    until(lambda: len(daemon.disks) == 2 and all(life.state == S.InitWait for life in daemon.host.lives.values()))
+    assert caplog.text.count("no watch is left") == 1 and "is lost" not in caplog.text
+    for devid in (51712, 51728):
+        dd.front = f"/local/domain/5/device/vbd/{devid}"
+        dd.publish()
+    until(lambda: all(life.connected for life in daemon.host.lives.values()))
+    device.watches = 128
+    until(lambda: not daemon.host.finder.unwatched)
 
 
 def test_errors_of_the_store_are_what_they_are(yard: Yard) -> None:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from pvdrivers import xs_wire as wire
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
+from tests.xenstore.device import XenbusDevice
 
 
 def test_nodes(served: Any) -> None:
@@ -282,3 +284,35 @@ def test_takes_a_descriptor(served: Any) -> None:
     with XenStoreClient(os.dup(sock.fileno())) as store:
         sock.close()
         assert store.ls("/") == ["tool"]
+
+
+@pytest.mark.parametrize("number", [errno.E2BIG, errno.ENOSPC, errno.ENOMEM, errno.EINVAL, errno.EACCES])
+def test_a_watch_that_the_kernels_device_refuses(served: Any, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    with ExitStack() as stack, served.client() as dom0:
+        dom0.mkdir("/a")
+        dom0.set_perms("/a", ["n0", "r5"])
+        device = XenbusDevice(served, 5, stack, monkeypatch)
+        store = device.connect()
+        store.watch("/a", "one")
+        assert store.wait_events(5) == [("/a", "one")]
+        device.watches, device.refusal = 1, number
+        with pytest.raises(XenStoreError, match="WATCH /b") as caught:
+            store.watch("/b", "two")
+        assert caught.value.errno == number
+        assert store.ls("/a") == [], "the connection is as good as before"
+        dom0.write("/a/x", "1")
+        assert store.wait_events(5) == [("/a/x", "one")]
+        store.unwatch("/a", "one")
+        store.watch("/b", "two")
+
+
+def test_a_device_that_is_gone_is_a_lost_connection(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        device = XenbusDevice(served, 5, stack, monkeypatch)
+        store = device.connect()
+        device.watches, device.refusal = 0, errno.ENODEV
+        with pytest.raises(XenStoreError) as caught:
+            store.watch("/b", "two")
+        assert caught.value.errno == errno.ECONNRESET
+        with pytest.raises(XenStoreError, match="lost"):
+            store.read("/a")
