@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from .control import Backoff, Timer
 from .device import Device, DeviceId
 from .errors import ConfigError, DeviceBusyError, PlatformError, PvError
 from .life import Life
-from .nodes import connection_lost
+from .nodes import QUOTA, connection_lost
 
 if TYPE_CHECKING:
     from .host import Host
@@ -26,7 +25,6 @@ PREDECESSOR_SECONDS = 5.0
 POLL_SECONDS = 1.0
 """How often a frontend is looked at that cannot be watched."""
 _CLAIM_AGAIN = (0.05, 1.0)
-_QUOTA = {errno.E2BIG, errno.ENOSPC, errno.ENOMEM}
 
 Key: TypeAlias = tuple[str, int, int]
 """class, domid, devid"""
@@ -98,7 +96,7 @@ class Finder:
         try:
             self._watch(f"{life.ident.frontend_path}/state", f"front {life.ident}")
         except OSError as e:
-            if e.errno not in _QUOTA:
+            if e.errno not in QUOTA:
                 raise
             if not self._told_quota:
                 self._told_quota = True

@@ -17,7 +17,7 @@ from .control import Control
 from .device import BackKeys, Device, NotRecoverable, NotYet, Publish
 from .errors import ConfigError, ProtocolViolation, PvError
 from .handling import Handling
-from .nodes import Nodes, connection_lost
+from .nodes import QUOTA, Nodes, connection_lost
 from .pace import QUIET_SECONDS, Pace
 from .storage.locks import DrainingError
 from .troubles import Troubles
@@ -262,16 +262,25 @@ class Life:
         keys: Publish | None,
         error: BaseException | None,
     ) -> None:
+        recovered, published = wanted.action is Action.RECOVER, False
+        if error is None:
+            keys = dict(keys or {})
+            if wanted.action is Action.ADVERTISE:
+                keys.setdefault("hotplug-status", "connected")
+            try:
+                published = self._publish(ours, keys, None if recovered else wanted.state)
+            except OSError as e:
+                if connection_lost(e):
+                    raise
+                if e.errno in QUOTA:
+                    self.troubles.add("quota", str(e), logging.DEBUG)  # the log has it as an error
+                error = e
         if error is not None:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
         self.nodes.clear_report()
-        self.troubles.over("waiting", "draining")
-        keys = dict(keys or {})
-        recovered = wanted.action is Action.RECOVER
-        if wanted.action is Action.ADVERTISE:
-            keys.setdefault("hotplug-status", "connected")
-        if self._publish(ours, keys, None if recovered else wanted.state):
+        self.troubles.over("waiting", "draining", "quota")
+        if published:
             self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
         self._before = theirs

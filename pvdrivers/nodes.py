@@ -27,6 +27,8 @@ _LOST = {
     errno.EBADF,
     errno.ENOTCONN,
 }
+QUOTA = {errno.E2BIG, errno.ENOSPC, errno.ENOMEM}
+"""xenstore has no more of something for this domain: C xenstored and oxenstored differ in which they say."""
 _OWN_KEYS = {"", "state", "online", "hotplug-status", "hotplug-error"}
 
 
@@ -159,15 +161,16 @@ class Nodes:
             log.error("%s: %s", self.ident, text)
         store, path = self._control.store, self.ident.backend_path
         short = text.encode()[:_MOST_TEXT]
-        try:
-            store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))
-        except OSError as e:  # a quota of a driver domain, say: the toolstack is to hear of it all the same
-            if connection_lost(e):
-                raise
-            log.debug("%s: %s", self.ident, e)
+        told = [(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))]
         if hotplug and store.read(path + "/state") is not None:
-            store.write(path + "/hotplug-error", short)
-            store.write(path + "/hotplug-status", "error")
+            told += [(path + "/hotplug-error", short), (path + "/hotplug-status", b"error")]
+        for node, value in told:
+            try:
+                store.write(node, value)
+            except OSError as e:  # a quota of a driver domain, say: what can be said is said all the same
+                if connection_lost(e):
+                    raise
+                log.debug("%s: %s", self.ident, e)
 
     def clear_report(self) -> None:
         """What was reported is over."""

@@ -29,6 +29,7 @@ class Troubles:
     draining  the I/O of a process that has ended is still under way
     storm     its frontend's state changes too often
     guest     the guest does not answer: it never connects, or does not let go
+    quota     xenstore does not let us publish it
     lost      xenstored was restarted, and knows nothing of it any more
     """
 

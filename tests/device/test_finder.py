@@ -13,6 +13,7 @@ import pytest
 
 from pvdrivers import finder as finder_module
 from pvdrivers import nodes as nodes_module
+from pvdrivers import pace as pace_module
 from pvdrivers import toolstack
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
@@ -382,3 +383,24 @@ def test_a_store_that_has_forgotten_the_guests(
     assert disk.attached
     yard.dom0.rm(served.back)
     until(lambda: "removed" in disk.calls)
+
+
+def test_no_node_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A domain may own 1000 nodes: what cannot be published is tried again ever more rarely, and told of."""
+    monkeypatch.setattr(pace_module, "RETRY_SECONDS", (0.05, 2.0))
+    dd = DriverDomain(yard)
+    nodes = yard.served.server.quotas.nodes
+    yard.served.call(lambda: setattr(yard.served.server.quotas, "nodes", 0))
+    daemon = yard.daemon(domid=3, connect=dd.connect)
+    key = ("vbd", 5, 51712)
+    until(lambda: key in daemon.host.lives and "quota" in daemon.host.lives[key].troubles.now)
+    time.sleep(1.5)
+    disk = daemon.disks["vbd-5-51712"]
+    assert 3 <= disk.calls.count("advertise") <= 7, "at 0.05, 0.1, 0.2, 0.4, 0.8 s, and not all the time"
+    assert "ENOSPC" in daemon.host.stats()["vbd-5-51712"]["troubles"]["quota"]
+    assert sum("ENOSPC" in r.message for r in caplog.records if r.levelname == "ERROR") == 1, caplog.text
+    yard.served.call(lambda: setattr(yard.served.server.quotas, "nodes", nodes))
+    until(lambda: dd.state() == S.InitWait)
+    until(lambda: "quota" not in daemon.host.lives[key].troubles.now)
+    dd.publish()
+    until(lambda: daemon.host.lives[key].connected)
