@@ -6,6 +6,7 @@ one job a device at a time, and its result comes back to that thread.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 import queue
@@ -160,12 +161,13 @@ class Timers:
 class Jobs:
     """Threads for what takes long. More are started while all are busy, up to `most`; they end after idling.
 
-    They are daemon threads: a disk that never answers again must not keep the process from ending.
+    They are daemon threads: a disk that never answers again must not keep the process from ending. And there may be
+    many, as each disk that never answers keeps one.
     """
 
     IDLE_SECONDS = 10.0
 
-    def __init__(self, wake: Callable[[], None], most: int = 32) -> None:
+    def __init__(self, wake: Callable[[], None], most: int = 512) -> None:
         self._wake = wake
         self._most = most
         self._todo: queue.SimpleQueue[tuple[Callable[[], Any], Done]] = queue.SimpleQueue()
@@ -182,7 +184,21 @@ class Jobs:
             self._threads += start
             self._todo.put((job, done))  # with the lock held: see where a thread ends
         if start:
-            threading.Thread(target=self._run, name="pvdrivers-job", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, name="pvdrivers-job", daemon=True).start()
+            except RuntimeError as e:
+                self._cannot_start(e)
+
+    def _cannot_start(self, error: RuntimeError) -> None:
+        """The system has no thread for us: those that there are do it later, or if there is none it has failed."""
+        with self._lock:
+            self._threads -= 1
+            if self._threads > 0:
+                return
+            self._open -= 1
+            _, done = self._todo.get_nowait()
+        self._finished.put((done, None, OSError(errno.EAGAIN, f"{error}: see TasksMax=, ulimit -u")))
+        self._wake()
 
     def deliver(self) -> None:
         """Call `done` of what has finished; called on the control thread."""

@@ -105,8 +105,11 @@ class Finder:
                     " 128 by default, xenstored -W or quota-maxwatch in oxenstored.conf gives it more", life.ident, e
                 )  # fmt: skip
             self.unwatched[key_of(life.ident)] = life
+            life.troubles.add("unwatched", "no watch is left for it: it is looked at every second", logging.DEBUG)
             if self._poll is None:
                 self._poll = self._host.later(POLL_SECONDS, self._look_at_unwatched)
+        else:
+            life.troubles.over("unwatched")
 
     def unwatch_front(self, ident: DeviceId) -> None:
         """Hear no more of it."""

@@ -30,6 +30,7 @@ class Troubles:
     storm     its frontend's state changes too often
     guest     the guest does not answer: it never connects, or does not let go
     quota     xenstore does not let us publish it
+    unwatched nor watch it
     lost      xenstored was restarted, and knows nothing of it any more
     """
 

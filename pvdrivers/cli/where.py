@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ GNTDEV = "/dev/xen/gntdev"
 
 def embedded(run_dir: Path) -> bool:
     """Whether the embedded Xen runs in this directory; if not, there has to be a real one."""
+    socket_path = run_dir / "xenstored"
     try:
-        if (run_dir / "xenstored").exists():
+        if socket_path.exists() and (_answers(socket_path) or not os.path.exists(GNTDEV)):
             return True
     except OSError as e:
         raise PlatformError(f"run directory {run_dir}: {e.strerror} for user {os.geteuid()}") from e
@@ -29,6 +31,16 @@ def embedded(run_dir: Path) -> bool:
         f"no embedded Xen in {run_dir} (start one with: pvdrivers sim --run-dir {run_dir}), and this is no Xen host"
         f" (no {GNTDEV}); to see it all at work, type: pvdrivers demo"
     )
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens: the socket of an embedded Xen that was killed stays."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+        try:
+            s.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+    return True
 
 
 def open_devices() -> None:

@@ -276,6 +276,7 @@ def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypa
     daemon = yard.daemon(domid=3, connect=dd.connect)
     until(lambda: len(daemon.disks) == 3 and all(life.state == S.InitWait for life in daemon.host.lives.values()))
     assert daemon.host.finder.unwatched
+    assert "looked at every second" in str(daemon.host.stats())
     assert caplog.text.count("no watch is left") == 1 and "quota-maxwatch" in caplog.text
     for devid in (51712, 51728, 51744):
         dd.front = f"/local/domain/5/device/vbd/{devid}"
@@ -283,6 +284,7 @@ def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypa
     until(lambda: all(life.connected for life in daemon.host.lives.values()))
     yard.served.call(lambda: setattr(yard.served.server.quotas, "watches", 128))
     until(lambda: not daemon.host.finder.unwatched)
+    assert not any("unwatched" in row["troubles"] for row in daemon.host.stats().values())
     assert caplog.text.count("no watch is left") == 1
 
 
@@ -304,6 +306,7 @@ def test_no_watch_is_left_on_the_kernels_device(
     until(lambda: all(life.connected for life in daemon.host.lives.values()))
     device.watches = 128
     until(lambda: not daemon.host.finder.unwatched)
+    assert not any("unwatched" in row["troubles"] for row in daemon.host.stats().values())
 
 
 def test_errors_of_the_store_are_what_they_are(yard: Yard) -> None:
