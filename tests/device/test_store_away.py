@@ -162,3 +162,82 @@ def test_trying_leaves_nothing_open(yard: Yard, monkeypatch: pytest.MonkeyPatch)
     until(lambda: daemon.host._store_fd == -1)
     until(lambda: daemon.host._store_fd >= 0)
     assert len(tries) == 4 and tries[-1] - tries[0] < 4
+
+
+def test_errors_of_the_store_are_what_they_are(yard: Yard) -> None:
+    guest = yard.served.guest(9)
+    yard.stack.callback(guest.close)
+    with pytest.raises(PermissionError) as denied:
+        guest.write("/local/domain/1/x", "1")
+    assert isinstance(denied.value, XenStoreError) and denied.value.errno == errno.EACCES
+    assert denied.value.operation == "WRITE" and denied.value.path == "/local/domain/1/x"
+    yard.dom0.watch("/x", "t")
+    with pytest.raises(FileExistsError, match="EEXIST"):
+        yard.dom0.watch("/x", "t")
+    assert os.strerror(errno.EEXIST) not in str(denied.value)
+
+
+def test_a_store_that_comes_back_empty(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xenstored was started afresh: what is served goes on being served."""
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    empty = [True]
+    ls = XenStoreClient.ls
+
+    def as_if_empty(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
+        return None if empty and path == "/local/domain" else ls(self, path, tx)
+
+    monkeypatch.setattr(XenStoreClient, "ls", as_if_empty)
+    before = daemon.platform.store
+    daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
+    until(lambda: daemon.host._store_fd == -1)
+    assert daemon.disks["vbd-5-51712"].attached and daemon.platform.store is before
+    empty.clear()
+    until(lambda: daemon.platform.store is not before)
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+
+
+def test_a_store_that_has_forgotten_the_guests(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """xenstored was restarted, and xen-init-dom0 has written dom0's home: disks that are in use stay in use."""
+    daemon = yard.daemon()
+    served, waits = yard.guest(5), yard.guest(6)
+    connect(served)
+    waits.attach()
+    until(lambda: waits.state() == S.InitWait)
+    empty = [True]
+    ls = XenStoreClient.ls
+
+    def as_if_empty(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
+        return None if empty and path == "/local/domain" else ls(self, path, tx)
+
+    monkeypatch.setattr(XenStoreClient, "ls", as_if_empty)
+    before = daemon.platform.store
+    daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
+    until(lambda: daemon.host._store_fd == -1)
+    for path in (served.back, waits.back, "/local/domain/5", "/local/domain/6"):
+        yard.dom0.rm(path)
+    empty.clear()
+    until(lambda: daemon.platform.store is not before)
+    until(lambda: ("vbd", 6, 51712) not in daemon.host.lives)
+    disk, life = daemon.disks["vbd-5-51712"], daemon.host.lives["vbd", 5, 51712]
+    assert disk.attached and "disconnect" not in disk.calls and "removed" not in disk.calls
+    assert "xenstore was restarted" in life.troubles.now["lost"]
+    assert caplog.text.count("xenstore was restarted") == 1
+    yard.dom0.write("/local/domain/0/backend/vbd/5/other", "")  # events alone take nothing away
+    daemon.host.submit(lambda: None, lambda *_: life.look())
+    time.sleep(0.2)
+    assert disk.attached
+    # Somebody makes the directories again, and then the toolstack takes the disk away.
+    yard.dom0.write("/local/domain/5", "")
+    yard.dom0.write(served.back + "/frontend", served.front)
+    yard.dom0.write(served.back + "/frontend-id", "5")
+    yard.dom0.write(served.front + "/state", int(S.Connected))
+    yard.dom0.write(served.back + "/state", int(S.Connected))
+    until(lambda: "lost" not in life.troubles.now)
+    assert disk.attached
+    yard.dom0.rm(served.back)
+    until(lambda: "removed" in disk.calls)

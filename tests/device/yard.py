@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from pvdrivers import toolstack
 from pvdrivers.device import Context, DeviceId
 from pvdrivers.errors import PlatformError
 from pvdrivers.host import Host
@@ -121,6 +122,40 @@ class Yard:
         client = self.served.guest(domid)
         self.stack.callback(client.close)
         return Guest(self.dom0, client, domid, devid)
+
+
+class DriverDomain:
+    """The store as domain 3 has it, with a guest's disk attached by dom0."""
+
+    def __init__(self, yard: Yard) -> None:
+        self.yard = yard
+        home = "/local/domain/3"
+        yard.dom0.mkdir(home)
+        yard.dom0.set_perms(home, ["n0", "r3"])
+        for name in ("error", "data"):
+            yard.dom0.mkdir(f"{home}/{name}")
+            yard.dom0.set_perms(f"{home}/{name}", ["n3"])
+        yard.dom0.mkdir("/local/domain/5")
+        yard.dom0.set_perms("/local/domain/5", ["n0", "r5"])
+        self.store = yard.served.guest(5)
+        yard.stack.callback(self.store.close)
+        self.front = "/local/domain/5/device/vbd/51712"
+        self.attach(51712)
+
+    def attach(self, devid: int) -> str:
+        self.back = toolstack.attach(self.yard.dom0, "vbd", 5, devid, backend_domid=3)
+        return self.back
+
+    def state(self) -> S:
+        return toolstack.backend_state(self.yard.dom0, self.back)
+
+    def connect(self) -> XenStoreClient:
+        """As the daemon in domain 3 would."""
+        return self.yard.served.guest(3)
+
+    def publish(self) -> None:
+        for key, value in (("ring-ref", 8), ("event-channel", 9), ("state", 3)):
+            self.store.write(f"{self.front}/{key}", value)
 
 
 def until(what: Callable[[], Any], seconds: float = 10) -> None:

@@ -1,7 +1,7 @@
 """What can go wrong on a real Xen: devices that are not there, limits that are reached, guests that write nonsense or
 notify without end. It is said once, counted, and no other guest notices.
 
-A quota of xenstore's cannot be reached here: dom0 has none. tests/device/test_finder.py has what a driver domain meets.
+A quota of xenstore's cannot be reached here: dom0 has none. tests/device/test_quotas.py has what a driver domain meets.
 """
 
 from __future__ import annotations
