@@ -16,16 +16,19 @@ if ON_XEN:
     from .guests import Guest
     from .serve import Serve
     from .stores import Stores
-    from .system import logs
+    from .system import RESULTS, logs
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Logs of daemons and guests go with a failure."""
+        """Logs of daemons and guests go with a failure, which can be read while the other tests run."""
         report = yield
         if report.failed:
             for name, path in logs.items():
                 if path.exists():
                     report.sections.append((name, path.read_text(errors="replace")[-3000:]))
+            with (RESULTS / "failures.log").open("a") as out:
+                print(f"=== {report.nodeid}\n{report.longreprtext}", file=out)
+                print(*(f"--- {name}\n{text}" for name, text in report.sections), sep="\n", file=out)
         return report
 
     @pytest.fixture
