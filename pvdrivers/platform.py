@@ -133,7 +133,7 @@ class EventChannel(Protocol):
     def notify(self, port: int) -> None: ...
 
     def source(self, port: int) -> tuple[int, int]:
-        """(fd to poll edge-triggered, token for SEAM.event_deliver) of a port of this handle."""
+        """(fd to poll, token for SEAM.event_deliver) of a port of this handle. Edges are enough unless it is shared."""
 
     def pending(self) -> list[int]:
         """Deliver and take what is pending now: ports, each once. For control code and tests."""

@@ -15,7 +15,7 @@ from pvdrivers.syscalls import EPOLL_EVENT
 from rings.jit import JIT, compile_for
 
 from .software_ring import DONE, MAX_POLL_EVENTS, epoll_add, serve, wake_all
-from .uring_layout import CQE, IORING_SQ_TASKRUN, KIND_THREADS, SQE
+from .uring_layout import CQE, EPOLLET, IORING_SQ_TASKRUN, KIND_THREADS, SQE
 
 _LINE: Final = 64
 _JOIN_S: Final = 10.0
@@ -83,7 +83,7 @@ class ThreadPool:
         r["done_fd"] = self._fds[0]
         self._epoll = select.epoll()
         r["fd"] = self._epoll.fileno()
-        if epoll_add(address, self._fds[0], DONE) != 0:
+        if epoll_add(address, self._fds[0], DONE, EPOLLET) != 0:
             raise OSError("the eventfd of the threads cannot be polled")
         for n in range(threads):
             thread = threading.Thread(target=self._run, args=(take(SQE.itemsize),), name=f"io-{n}", daemon=True)
@@ -111,6 +111,6 @@ class ThreadPool:
 
 def warm() -> None:
     """Compile what the threads and those who make them call."""
-    compile_for(epoll_add, 3)
+    compile_for(epoll_add, 4)
     compile_for(serve, 2)
     compile_for(wake_all, 1)

@@ -56,7 +56,6 @@ from rings.jit import inline, kernel
 
 from .uring_layout import (
     CQE,
-    EPOLLET,
     EPOLLIN,
     IORING_CQE_F_MORE,
     IORING_FSYNC_DATASYNC,
@@ -270,19 +269,19 @@ def wait_software(u: int, timeout_ns: int) -> int:
 
 
 @kernel
-def epoll_add(u: int, fd: int, data: int) -> int:
-    """Put `fd` into the epoll set, edge triggered. 0 or -errno."""
+def epoll_add(u: int, fd: int, data: int, how: int) -> int:
+    """Put `fd` into the epoll set. `how`: EPOLLET, or 0: reported as long as it is readable. 0 or -errno."""
     r = ring_at(u)
     e = records(r["events"], 1, EPOLL_EVENT)[0]
-    e["events"] = EPOLLIN | EPOLLET
+    e["events"] = EPOLLIN | how
     store64(r["events"] + _EVENT_DATA, data)
     return int(syscall(_NR_EPOLL_CTL, r["fd"], _EPOLL_CTL_ADD, fd, r["events"], 0, 0))
 
 
 @kernel
-def add_poll(u: int, fd: int, user_data: int) -> int:
-    """Begin a poll. 0, or -EAGAIN: no room for the completion that tells of a failure."""
-    status = epoll_add(u, fd, user_data)
+def add_poll(u: int, fd: int, user_data: int, how: int) -> int:
+    """Begin a poll, see epoll_add(). 0, or -EAGAIN: no room for the completion that tells of a failure."""
+    status = epoll_add(u, fd, user_data, how)
     if status < 0:
         return int(post(u, user_data, status, 0, 0))
     return 0

@@ -75,6 +75,7 @@ __all__ = [
     "queue_nop",
     "queue_poll",
     "queue_poll_remove",
+    "queue_poll_unread",
     "queue_rw",
     "reap",
     "sqe_room",
@@ -318,16 +319,32 @@ def queue_poll(u: int, fd: int, user_data: int) -> int:
     A completion without IORING_CQE_F_MORE in its flags was the last (res: -ECANCELED, an error, or the
     queue was full): queue the poll again. What was already readable is reported at once.
     """
+    status: int = _queue_poll(u, fd, user_data, IORING_POLL_ADD_MULTI)
+    return status
+
+
+@inline
+def queue_poll_unread(u: int, fd: int, user_data: int) -> int:
+    """Report that `fd` is readable, be that new or not, for a descriptor that is read each time.
+
+    A completion without IORING_CQE_F_MORE was the last: queue the poll again, and read.
+    """
+    status: int = _queue_poll(u, fd, user_data, 0)
+    return status
+
+
+@kernel
+def _queue_poll(u: int, fd: int, user_data: int, kind: int) -> int:
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
-        return int(add_poll(u, fd, user_data))
+        return int(add_poll(u, fd, user_data, EPOLLET if kind == IORING_POLL_ADD_MULTI else 0))
     at = _next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
     s["opcode"] = IORING_OP_POLL_ADD
     s["fd"] = fd
-    s["len"] = IORING_POLL_ADD_MULTI
+    s["len"] = kind
     s["op_flags"] = _POLL_EVENTS
     s["user_data"] = user_data
     status: int = _queued(u)

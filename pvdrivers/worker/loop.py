@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.platform import SEAM
-from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, reap, wait
+from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, queue_poll_unread, reap, wait
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
 from pvdrivers.syscalls import EINTR, sched_yield
 from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
@@ -132,7 +132,7 @@ def _event_completion(wa: int, index: int, flags: int) -> None:
     w = worker_at(wa)
     if index == SHARED_EVENTS:
         if flags & IORING_CQE_F_MORE == 0:
-            queue_poll(w["uring"], w["event_fd"], TAG_EVENT | SHARED_EVENTS)
+            queue_poll_unread(w["uring"], w["event_fd"], TAG_EVENT | SHARED_EVENTS)
         _collect_events(wa, w["event_token"])
         return
     ra = ring_address(w, index)
@@ -273,7 +273,8 @@ def run(wa: int) -> int:
     u = w["uring"]
     queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
     if w["event_fd"] >= 0:
-        queue_poll(u, w["event_fd"], TAG_EVENT | SHARED_EVENTS)
+        # Not by its edges: to /dev/xen/evtchn a port that comes while it is read is none.
+        queue_poll_unread(u, w["event_fd"], TAG_EVENT | SHARED_EVENTS)
     _look_at_rings(wa)
     busy_until = i64(0)
     while load_acquire64(wa) == 0:  # WORKER.stop is the first field
@@ -312,6 +313,8 @@ def run(wa: int) -> int:
         n = wait(u, nap if nap > 0 else HOUSEKEEPING_NS)
         if n == 0 and nap == 0:
             _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
+            if w["event_fd"] >= 0:
+                _collect_events(wa, w["event_token"])  # evtchn may miss to wake, within a few instructions
         if n == -EAGAIN or n == -EBUSY:
             # Short of memory, or of room for completions: nothing is lost, it is all still queued.
             w["short"] += 1

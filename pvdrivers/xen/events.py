@@ -101,7 +101,11 @@ class XenEventChannel:
             raise PlatformError(f"event channel port {port}: cannot be notified")
 
     def source(self, port: int) -> tuple[int, int]:
-        """(fd to poll edge-triggered, token for SEAM.event_deliver): the same for all ports of the handle."""
+        """(fd to poll, token for SEAM.event_deliver): the same for all ports of the handle.
+
+        Edges are enough for a handle of one port, which comes again only when it has been let in. With several, one
+        that comes while others are read makes none (drivers/xen/evtchn.c wakes when what is unread was nothing).
+        """
         self._ours(port)
         return self.shared_source
 

@@ -212,6 +212,25 @@ def test_each_write_of_an_eventfd_is_an_edge(ring: Uring, event: int) -> None:
     take(u, 1)
 
 
+def test_what_is_left_unread_is_reported_again(ring: Uring) -> None:
+    """Even if nothing new has come: /dev/xen/evtchn wakes for the first port only, and others come while it is read."""
+    fd = os.eventfd(2, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+    try:
+        u = ring.address
+        assert uring.queue_poll_unread(u, fd, 7) == 0
+        for _ in range(2):
+            (c,) = take(u, 1)
+            assert c.user_data == 7 and c.res & 1
+            if c.flags & IORING_CQE_F_MORE == 0:
+                uring.queue_poll_unread(u, fd, 7)
+            assert os.eventfd_read(fd) == 1
+        assert wait(u, 20_000_000) == 0, "nothing is left"
+        os.eventfd_write(fd, 1)
+        take(u, 1)
+    finally:
+        os.close(fd)
+
+
 def test_polls_are_seen_while_other_work_completes(ring: Uring, event: int) -> None:
     u = ring.address
     uring.queue_poll(u, event, -2)
