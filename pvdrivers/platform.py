@@ -32,10 +32,11 @@ GNTST_no_space = -13
 # GRANT_OP.flags
 OP_READONLY = 1  # map: GNTMAP_readonly
 OP_TO_GUEST = 2  # copy: from local memory into the granted page; otherwise out of it
+OP_BETWEEN = 4  # copy: what `address` says is no local memory but a granted page as well, see granted()
 
 GRANT_OP = np.dtype(
     [
-        ("address", "i8"),  # map: out, where the page is now; copy: in, the local bytes
+        ("address", "i8"),  # map: out, where the page is now; copy: in, the local bytes, or the other granted ones
         ("handle", "i8"),  # map: out; unmap: in
         ("gref", "u4"),
         ("domid", "u2"),  # the granting domain
@@ -48,6 +49,12 @@ GRANT_OP = np.dtype(
     align=True,
 )
 """One grant operation, 32 bytes. Operations are given in batches; each has a status of its own."""
+
+
+def granted(gref: int, offset: int, domid: int) -> int:
+    """GRANT_OP.address of an OP_BETWEEN: bytes from `offset` on in a granted page, as gntdev.h packs it."""
+    return gref | offset << 32 | domid << 48
+
 
 SEAM = np.dtype(
     [

@@ -278,21 +278,27 @@ def foreign_at(ctx, slot: int) -> int:  # type: ignore[no-untyped-def]
 
 
 @inline
+def pin_granted(ctx, gref: int, domid: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """pin() of a gref of any domain. Returns the slot of that domain, or GNTST_*, which is below 0."""
+    slot = slot_of(ctx, domid)
+    if slot < 0:
+        return GNTST_bad_domain
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    if gref >= f["entries"]:
+        return GNTST_bad_gntref
+    status = pin(ctx, f, gref, readonly)
+    return slot if status == GNTST_okay else status
+
+
+@inline
 def pin_op(ctx, op, readonly: int) -> int:  # type: ignore[no-untyped-def]
     """pin() for one GRANT_OP: fills in handle and status. Returns the slot, or -1."""
     gref = i64(op["gref"])
-    slot = slot_of(ctx, i64(op["domid"]))
     op["handle"] = -1
+    slot = pin_granted(ctx, gref, i64(op["domid"]), readonly)
     if slot < 0:
-        op["status"] = GNTST_bad_domain
+        op["status"] = slot
         return -1
-    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
-    if gref >= f["entries"]:
-        op["status"] = GNTST_bad_gntref
-        return -1
-    status = pin(ctx, f, gref, readonly)
-    op["status"] = status
-    if status != GNTST_okay:
-        return -1
+    op["status"] = GNTST_okay
     op["handle"] = (HANDLE_TAG << 48) | (slot << 33) | (readonly << 32) | gref
     return slot

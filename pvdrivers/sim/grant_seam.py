@@ -10,6 +10,7 @@ import numpy as np
 
 from pvdrivers.platform import (
     GRANT_OP,
+    OP_BETWEEN,
     OP_READONLY,
     OP_TO_GUEST,
     PAGE_SIZE,
@@ -43,6 +44,7 @@ from .grant_kernels import (
     foreign_at,
     hide,
     leave_handle,
+    pin_granted,
     pin_op,
     show,
     take_handle,
@@ -111,25 +113,53 @@ def unmap_handle(ctx_at: int, ctx, handle: int, windows: int) -> int:  # type: i
 
 
 @inline
+def _bytes_at(ctx, slot: int, gref: int, offset: int) -> int:  # type: ignore[no-untyped-def]
+    """Where the bytes of a pinned page are."""
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    return f["alias"] + (np.int64(load32(f["frames"] + gref * 4)) << PAGE_SHIFT) + offset
+
+
+@inline
+def _other_end(ctx_at: int, ctx, op, to_guest: int) -> int:  # type: ignore[no-untyped-def]
+    """OP_BETWEEN, whose own page is pinned: pin the other, copy, unpin it. GNTST_*."""
+    other = op["address"]
+    gref, domid = other & 0xFFFF_FFFF, (other >> 48) & 0xFFFF
+    readonly = 1 if to_guest != 0 else 0
+    slot = pin_granted(ctx, gref, domid, readonly)
+    if slot < 0:
+        return slot
+    there = _bytes_at(ctx, slot, gref, (other >> 32) & 0xFFFF)
+    here = _bytes_at(ctx, (op["handle"] >> 33) & 0x7FFF, np.int64(op["gref"]), np.int64(op["offset"]))
+    if to_guest != 0:
+        copy_bytes(here, there, np.int64(op["length"]))
+    else:
+        copy_bytes(there, here, np.int64(op["length"]))
+    unpin(ctx, records(foreign_at(ctx, slot), 1, FOREIGN)[0], gref, readonly)
+    return GNTST_okay
+
+
+@inline
 def copy_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
     """Pin, copy, unpin. A copy out of the page needs no permission to write."""
     offset = np.int64(op["offset"])
     length = np.int64(op["length"])
     to_guest = np.int64(op["flags"]) & OP_TO_GUEST
-    if offset + length > PAGE_SIZE:
+    between = np.int64(op["flags"]) & OP_BETWEEN
+    if offset + length > PAGE_SIZE or (between != 0 and ((op["address"] >> 32) & 0xFFFF) + length > PAGE_SIZE):
         op["status"] = GNTST_bad_copy_arg
         return
     slot = pin_op(ctx, op, 0 if to_guest != 0 else 1)
     if slot < 0:
         return
-    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
-    frame = np.int64(load32(f["frames"] + np.int64(op["gref"]) * 4))
-    granted = f["alias"] + (frame << PAGE_SHIFT) + offset
-    if to_guest != 0:
-        copy_bytes(granted, op["address"], length)
+    status = np.int64(GNTST_okay)
+    if between != 0:
+        status = _other_end(ctx_at, ctx, op, to_guest)
+    elif to_guest != 0:
+        copy_bytes(_bytes_at(ctx, slot, np.int64(op["gref"]), offset), op["address"], length)
     else:
-        copy_bytes(op["address"], granted, length)
-    op["status"] = unmap_handle(ctx_at, ctx, op["handle"], 0)
+        copy_bytes(op["address"], _bytes_at(ctx, slot, np.int64(op["gref"]), offset), length)
+    unpinned = unmap_handle(ctx_at, ctx, op["handle"], 0)
+    op["status"] = status if status != GNTST_okay else unpinned
 
 
 @seam_function

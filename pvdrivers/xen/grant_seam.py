@@ -20,6 +20,7 @@ import numpy as np
 
 from pvdrivers.platform import (
     GRANT_OP,
+    OP_BETWEEN,
     OP_READONLY,
     OP_TO_GUEST,
     PAGE_SIZE,
@@ -304,10 +305,14 @@ def grant_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
 def _put_segment(ctx: Any, k: int, op: Any, i: int) -> None:
     segment = records(ctx["request"] + k * _SEGMENT_SIZE, 1, COPY_SEGMENT)[0]
     granted = i64(op["gref"]) | (i64(op["offset"]) << 32) | (i64(op["domid"]) << 48)
+    # With OP_BETWEEN the address is packed as the ioctl wants it.
+    between = i64(op["flags"]) & OP_BETWEEN != 0
     if i64(op["flags"]) & OP_TO_GUEST != 0:
-        segment["source"], segment["dest"], segment["flags"] = op["address"], granted, GNTCOPY_dest_gref
+        segment["source"], segment["dest"] = op["address"], granted
+        segment["flags"] = GNTCOPY_dest_gref | (GNTCOPY_source_gref if between else 0)
     else:
-        segment["source"], segment["dest"], segment["flags"] = granted, op["address"], GNTCOPY_source_gref
+        segment["source"], segment["dest"] = granted, op["address"]
+        segment["flags"] = GNTCOPY_source_gref | (GNTCOPY_dest_gref if between else 0)
     segment["len"], segment["status"] = op["length"], GNTST_general_error
     records(ctx["order"], ctx["most"], _I4)[k] = i
 
@@ -331,6 +336,14 @@ def _copy_segments(ctx_at: int, ops: int, n: int) -> int:
     return failed
 
 
+@inline
+def _beyond_page(op: Any) -> bool:
+    length = i64(op["length"])
+    if i64(op["flags"]) & OP_BETWEEN != 0 and (op["address"] >> 32 & 0xFFFF) + length > PAGE_SIZE:
+        return True
+    return i64(op["offset"]) + length > PAGE_SIZE
+
+
 @seam_function
 def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
     """SEAM.grant_copy: -> how many failed."""
@@ -339,7 +352,7 @@ def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
     count = i64(0)
     for i in range(n):
         op = _op(ops, i)
-        if i64(op["offset"]) + i64(op["length"]) > PAGE_SIZE:
+        if _beyond_page(op):
             op["status"] = GNTST_bad_copy_arg
             failed += 1
             continue

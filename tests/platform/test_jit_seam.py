@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from pvdrivers.platform import (
+    OP_BETWEEN,
     OP_READONLY,
     OP_TO_GUEST,
     GNTST_bad_copy_arg,
     GNTST_bad_domain,
     GNTST_okay,
+    granted,
 )
 from tests.platform.conftest import Bed, assert_held, own_grant, seam_call
 
@@ -140,6 +142,46 @@ def test_a_copy_into_a_read_only_page_is_refused(ends: Ends) -> None:
     ops["flags"] = 0
     assert ends.run("grant_copy", ops) == 0
     assert ends.bed.front.pages.end(gref)
+
+
+@pytest.mark.parametrize("to_guest", [0, OP_TO_GUEST])
+def test_a_copy_from_one_granted_page_into_another(ends: Ends, to_guest: int) -> None:
+    text = bytes(range(256)) * 8
+    own, other = ends.pages.address, ends.pages.address + PAGE
+    source, target = (other + 100, own + 2048) if to_guest else (own + 2048, other + 100)
+    ctypes.memset(own, 0x11, 2 * PAGE)
+    ctypes.memmove(source, text, 2048)
+    there = granted(ends.grefs[1], 100, ends.bed.front.domid)
+    ops = ends.bed.ops(ends.grefs[:1], address=there, offset=2048, length=2048, flags=OP_BETWEEN | to_guest)
+    assert ends.run("grant_copy", ops) == 0
+    assert ops["status"][0] == GNTST_okay
+    assert ctypes.string_at(target, 2048) == text
+    assert ctypes.string_at(target - 100, 100) == bytes([0x11]) * 100
+    assert all(ends.bed.front.pages.end(gref) for gref in ends.grefs)
+
+
+def test_a_copy_between_pages_needs_both_grants(ends: Ends) -> None:
+    """Either end may be one that is not there, or that cannot be written; the others of the batch are copied."""
+    front, back = ends.bed.front.domid, ends.bed.back.domid
+    readonly = own_grant(ends.bed, back, readonly=True)
+    cases = [
+        (ends.grefs[0], granted(ends.grefs[1], 0, front), 0, True),
+        (ends.grefs[0], granted(NO_GREF, 0, front), 0, False),
+        (NO_GREF, granted(ends.grefs[1], 0, front), 0, False),
+        (ends.grefs[0], granted(readonly, 0, front), 0, False),
+        (ends.grefs[0], granted(readonly, 0, front), OP_TO_GUEST, True),
+        (readonly, granted(ends.grefs[0], 0, front), OP_TO_GUEST, False),
+        (readonly, granted(ends.grefs[0], 0, front), 0, True),
+        (ends.grefs[0], granted(ends.grefs[1], 0, 0x7FEF), 0, False),
+        (ends.grefs[0], granted(ends.grefs[1], PAGE - 15, front), 0, False),
+        (ends.grefs[0], granted(ends.grefs[1], PAGE - 16, front), 0, True),
+    ]
+    ops = ends.bed.ops([gref for gref, *_ in cases], length=16)
+    ops["address"] = [other for _, other, *_ in cases]
+    ops["flags"] = [OP_BETWEEN | to for *_, to, _ in cases]
+    assert ends.run("grant_copy", ops) == sum(not good for *_, good in cases)
+    assert [int(s) == GNTST_okay for s in ops["status"]] == [good for *_, good in cases]
+    assert all(ends.bed.front.pages.end(gref) for gref in [*ends.grefs, readonly])
 
 
 def test_offered_grants(ends: Ends) -> None:
