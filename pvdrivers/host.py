@@ -28,6 +28,7 @@ from .device import Context, Device
 from .errors import PlatformError, PvError
 from .finder import Finder, Key, key_of
 from .handover import HandOver
+from .incarnation import incarnation
 from .life import Life
 from .nodes import connection_lost
 from .platform import XenStore
@@ -75,6 +76,7 @@ class Host:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._store_fd = -1
         self._away = False  # ... for a while now: said once
+        self._incarnation = b""
         self._reconnect = Backoff(self, self._try_store, *_RECONNECT)
         self._refreshing = False
         self._error: PvError | None = None
@@ -113,6 +115,7 @@ class Host:
         self._selector.register(alerts, selectors.EVENT_READ, self._alerted)
         try:
             self._hear_store()
+            self._incarnation = incarnation(self.store, self.context.platform.domid)
             self.finder.attach()
             self.started = True
             if ready is not None:
@@ -282,12 +285,15 @@ class Host:
             log.warning("xenstore is back")
 
     def _look_for_lost(self) -> None:
+        now = incarnation(self.store, self.context.platform.domid)
+        restarted = now != self._incarnation or not now
         for life in self.lives.values():
-            if life.in_use and life.nodes.came_back():
+            if restarted and life.in_use and life.nodes.came_back():
                 text = "xenstore was restarted, and knows neither it nor its guest; it is served as before"
                 life.troubles.add("lost", text)
             else:
                 life.troubles.over("lost")
+        self._incarnation = now  # last: if this connection breaks as well, all this is done again
 
     def _hear_store(self) -> None:
         self._store_fd = self.store.fileno()

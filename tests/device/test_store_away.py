@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_the_connection_breaks_again_while_devices_are_looked_for(
         return came_back(self)
 
     monkeypatch.setattr(Nodes, "came_back", breaks)
+    yard.dom0.rm("/local/domain/0/data")  # as if it were another store
     break_connection(daemon)
     until(lambda: len(times) == 3)
     until(lambda: "xenstore is back" in caplog.text)
@@ -199,6 +201,33 @@ def test_a_store_that_comes_back_empty(yard: Yard, monkeypatch: pytest.MonkeyPat
     until(lambda: guest.state() == S.Closed)
 
 
+def test_a_guest_is_destroyed_while_the_connection_is_lost(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xenstored is the same as before, and what is not in it any more was taken away."""
+    daemon = yard.daemon()
+    stays, goes = yard.guest(5), yard.guest(6)
+    connect(stays)
+    connect(goes)
+    until(lambda: all(life.connected for life in daemon.host.lives.values()))
+    away = threading.Event()
+    real = daemon.host._connect_store
+    assert real is not None
+
+    def comes_late() -> XenStoreClient:
+        if not away.is_set():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "away")
+        return cast(XenStoreClient, real())
+
+    daemon.host._connect_store = comes_late
+    break_connection(daemon)
+    until(lambda: daemon.host._store_fd == -1)
+    for path in (goes.back, "/local/domain/6"):
+        yard.dom0.rm(path)
+    away.set()
+    until(lambda: ("vbd", 6, 51712) not in daemon.host.lives)
+    assert daemon.disks["vbd-6-51712"].calls[-1] == "removed"
+    assert daemon.host.lives["vbd", 5, 51712].connected and "disconnect" not in daemon.disks["vbd-5-51712"].calls
+
+
 def test_a_store_that_has_forgotten_the_guests(
     yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,7 +247,7 @@ def test_a_store_that_has_forgotten_the_guests(
     before = daemon.platform.store
     daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
     until(lambda: daemon.host._store_fd == -1)
-    for path in (served.back, waits.back, "/local/domain/5", "/local/domain/6"):
+    for path in (served.back, waits.back, "/local/domain/5", "/local/domain/6", "/local/domain/0/data"):
         yard.dom0.rm(path)
     empty.clear()
     until(lambda: daemon.platform.store is not before)

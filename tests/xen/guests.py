@@ -114,7 +114,8 @@ class Guest:
 
     def migrate(self) -> str:
         """To this very host; what xl said of it."""
-        return self.xl("migrate", "-s", _to_this_host(), "localhost", seconds=2 * BOOT, check=False)
+        options = ("-s", _to_this_host())
+        return self.xl("migrate", "localhost", options=options, seconds=2 * BOOT, check=False)
 
     def destroy(self) -> None:
         """End the domain without asking it, if it is there."""
@@ -122,9 +123,11 @@ class Guest:
             sh("xl", "destroy", self.name, check=False)
             self.gone = True
 
-    def xl(self, verb: str, *words: str | Path, seconds: float = 60, check: bool = True) -> str:
-        """``xl VERB NAME WORDS``."""
-        return sh("xl", verb, self.name, *words, seconds=seconds, check=check)
+    def xl(
+        self, verb: str, *words: str | Path, options: Sequence[str] = (), seconds: float = 60, check: bool = True
+    ) -> str:
+        """``xl VERB OPTIONS NAME WORDS``: xl takes no option behind the name."""
+        return sh("xl", verb, *options, self.name, *words, seconds=seconds, check=check)
 
     # Talking to it
 

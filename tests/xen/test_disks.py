@@ -119,7 +119,7 @@ def fio(*vdevs: str, jobs: str = "") -> str:
     words = [f"--name={vdev} --filename=/dev/{vdev} {jobs}" for vdev in vdevs]
     return (
         "fio --minimal --ioengine=io_uring --direct=1 --iodepth=16 --rw=write --bssplit=4k/60:64k/25:256k/10:1m/5"
-        " --size=4m --fsync=32 --verify=crc32c --verify_fatal=1 --group_reporting"
+        " --size=4m --fsync=32 --end_fsync=1 --verify=crc32c --verify_fatal=1 --group_reporting"
         f" {' '.join(words)} > /tmp/fio.out 2>&1 || (cat /tmp/fio.out; false)"
     )
 
@@ -327,7 +327,7 @@ def test_what_is_taken_away_by_force(running: Guest, stores: Stores, daemon: Ser
     with pytest.raises(CommandError):
         running.xl("block-detach", "xvdb", seconds=60)
     assert name in stats(daemon)
-    running.xl("block-detach", "--force", "xvdb", seconds=60, check=False)
+    running.xl("block-detach", "xvdb", options=["--force"], seconds=60, check=False)
     until(lambda: name not in stats(daemon), 30, f"{name} is let go by the daemon")
     running.xl("unpause")
     sh("e2fsck", "-fp", image, check=False)
