@@ -18,13 +18,15 @@ from pvdrivers.storage.uring import (
     IORING_OP_READV,
     IORING_OP_WRITE,
     IORING_OP_WRITEV,
+    is_done,
     queue_fallocate,
     queue_fsync,
     queue_nop,
     queue_rw,
+    submit,
 )
 from pvdrivers.storage.uring_layout import ring_at as uring_at
-from pvdrivers.worker.marks import complete, req_at, worker_at
+from pvdrivers.worker.marks import complete, req_at, ring_at, worker_at
 from pvdrivers.worker.records import IOVEC, ZERO_BYTES
 from rings.atomics import copy_bytes, i64, records, zero_bytes
 from rings.jit import inline, kernel
@@ -44,14 +46,32 @@ S_ZERO = 3
 S_DISCARD = 4
 
 DEEP_CHUNK = 32  # DISK.chunk of stores that are not a device
+QUICK, PROBE = 8, 64
 DONE = 1
 UNDER_WAY = 0
 
 
 @inline
-def set_chunk(u: int, chunk: int) -> None:
-    """How many SQEs are handed over at once from here on."""
+def set_chunk(u: int, ra: int) -> int:
+    """How many I/Os of this ring are handed over at once, from here on: what suits the store.
+
+    All of them, if the store has an I/O done before the call comes back: it cannot run dry, a ram disk say, and calls
+    are all there is to save. That is looked at again now and then.
+    """
+    ring = ring_at(ra)
+    chunk = i64(disk_at(ring["device"])["chunk"])
+    if ring["quick"] >= QUICK:
+        ring["quick"] = ring["quick"] + 1 if ring["quick"] < QUICK + PROBE else i64(QUICK - 1)
+        chunk = i64(DEEP_CHUNK)
     uring_at(u)["chunk"] = chunk
+    return chunk
+
+
+@inline
+def submit_first(u: int, ra: int) -> None:
+    """Have a disk that does nothing begin, while we look at what else there is; and see how long that takes it."""
+    submit(u)
+    ring_at(ra)["quick"] = ring_at(ra)["quick"] + 1 if is_done(u) else i64(0)
 
 
 @inline

@@ -10,7 +10,7 @@ from errno import EOPNOTSUPP
 
 import numpy as np
 
-from pvdrivers.storage.uring import submit
+from pvdrivers.storage.uring import is_done
 from pvdrivers.worker.cache import purge_cache
 from pvdrivers.worker.events import notify as notify_guest
 from pvdrivers.worker.grants import acquire, copy_back, release
@@ -37,7 +37,7 @@ from rings.jit import inline, kernel, seam_function
 from rings.ring import RING_END, advance_prod, push, slot
 
 from .barrier import abandon, drive, held_by, release_hold, tell_holder
-from .disk import DEEP_CHUNK, DONE, advance, set_chunk, start
+from .disk import DEEP_CHUNK, DONE, advance, set_chunk, start, submit_first
 from .records import K_BARRIER, K_READ, K_REJECT, blk_at, disk_at
 from .take import fetch_indirect, take
 
@@ -87,7 +87,7 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if n == 0:
         return 0
     w = worker_at(wa)
-    set_chunk(w["uring"], disk_at(da)["chunk"])
+    chunk = set_chunk(w["uring"], ra)
     reqs = records(w["pass_reqs"], n, _I8)
     fetch_indirect(wa, ra, n)
     for i in range(n):
@@ -101,8 +101,8 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
     for i in range(n):
         _start_one(wa, ra, reqs[i])
         # A disk that does nothing starts now, not when the chunk is full. A single I/O goes in with the wait.
-        if i == 0 and n > 1 and w["inflight"] == 1 and disk_at(da)["chunk"] < DEEP_CHUNK:
-            submit(w["uring"])
+        if i == 0 and n > 1 and w["inflight"] == 1 and chunk < DEEP_CHUNK and not is_done(w["uring"]):
+            submit_first(w["uring"], ra)
     checkpoint(w, STEP_SUBMITTED)
     return 1 if n == budget or ring["replay_head"] != 0 else 0
 

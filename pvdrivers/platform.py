@@ -64,10 +64,11 @@ SEAM = np.dtype(
         ("grant_copy", "i8"),  # f(grant_ctx, ops, n, 0) -> how many failed
         ("event_ctx", "i8"),
         ("event_notify", "i8"),  # f(event_ctx, port, 0, 0) -> 0 or -errno
-        ("event_deliver", "i8"),  # f(event_ctx, token, 0, 0): the fd behind `token` became readable
+        ("event_deliver", "i8"),  # f(event_ctx, token, n, 0): the fd behind `token` became readable; n > 0: so many
+        # bytes of it were read already, to EventChannel.shared_read
         ("event_next", "i8"),  # f(event_ctx, 0, 0, 0) -> a pending, unmasked port, now cleared; or -1
-        # f(event_ctx, port, later, 0) -> 0: the port may be delivered again; with `later` not before a call without,
-        # and port 0 is none
+        # f(event_ctx, port, later, u) -> 0: the port may be delivered again; with `later` not before a call without,
+        # and port 0 is none. u: 0, or the worker's URING, which the caller enters before it sleeps
         ("event_unmask", "i8"),
         ("offer_ctx", "i8"),  # a frontend's side of grants; 0 where pages are granted once and for all
         ("offer_grant", "i8"),  # f(offer_ctx, gref, frame, domid | readonly << 16) -> 0

@@ -69,6 +69,8 @@ __all__ = [
     "advance",
     "cqe",
     "enable",
+    "is_done",
+    "next_sqe",
     "peek",
     "queue_fallocate",
     "queue_fsync",
@@ -125,6 +127,12 @@ def advance(u: int, n: int) -> int:
 
 
 @inline
+def is_done(u: int) -> bool:
+    """Whether the kernel has something finished, be it not among the ready completions yet."""
+    return bool(peek(u) > 0 or load_once32(ring_at(u)["sq_flags"]) & IORING_SQ_TASKRUN != 0)
+
+
+@inline
 def sqe_room(u: int) -> int:
     """How many SQEs are free."""
     r = ring_at(u)
@@ -141,6 +149,8 @@ def _enter(u: int, complete: int, flags: int, argument: int, size: int) -> int:
     n: int = syscall(NR_IO_URING_ENTER, r["fd"], r["pending"], complete, flags, argument, size)
     if n > 0:
         r["pending"] -= n
+        if r["pending"] == 0:
+            r["joined"] = 0
     return n
 
 
@@ -222,7 +232,7 @@ def wait(u: int, timeout_ns: int) -> int:
 
 
 @inline
-def _next_sqe(u: int) -> int:
+def next_sqe(u: int) -> int:
     """The address of a zeroed SQE, or 0 if the queue is full."""
     r = ring_at(u)
     if sqe_room(u) == 0 and (submit(u) != 0 or sqe_room(u) == 0):
@@ -238,7 +248,7 @@ def _queued(u: int) -> int:
     r = ring_at(u)
     r["tail"] = (r["tail"] + 1) & 0xFFFFFFFF
     r["pending"] += 1
-    if r["pending"] >= r["chunk"]:
+    if r["pending"] - r["joined"] >= r["chunk"]:
         submit(u)
     return 0
 
@@ -246,7 +256,7 @@ def _queued(u: int) -> int:
 @inline
 def queue_nop(u: int, user_data: int) -> int:
     """Nothing, completed with 0: for measurements. 0, or -EAGAIN if the queue is full."""
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -264,16 +274,12 @@ def queue_rw(u: int, opcode: int, fd: int, addr: int, length: int, offset: int, 
     Completes with the bytes moved - fewer at the end of a file - or -errno. 0, or -EAGAIN if the queue is
     full.
     """
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
-    s["opcode"] = opcode
-    s["fd"] = fd
-    s["off"] = offset
-    s["addr"] = addr
-    s["len"] = length
-    s["user_data"] = user_data
+    s["opcode"], s["fd"], s["off"] = opcode, fd, offset
+    s["addr"], s["len"], s["user_data"] = addr, length, user_data
     status: int = _queued(u)
     return status
 
@@ -281,7 +287,7 @@ def queue_rw(u: int, opcode: int, fd: int, addr: int, length: int, offset: int, 
 @inline
 def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
     """fsync(2), or fdatasync(2) with `datasync` 1. It covers only what has completed before it is submitted."""
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -297,7 +303,7 @@ def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
 @inline
 def queue_fallocate(u: int, fd: int, mode: int, offset: int, length: int, user_data: int) -> int:
     """fallocate(2) with FALLOC_FL_* in `mode`; bytes. On a block device a hole discards or zeroes."""
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -338,7 +344,7 @@ def _queue_poll(u: int, fd: int, user_data: int, kind: int) -> int:
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         return int(add_poll(u, fd, user_data, EPOLLET if kind == IORING_POLL_ADD_MULTI else 0))
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -357,7 +363,7 @@ def queue_poll_remove(u: int, fd: int, poll_user_data: int, user_data: int) -> i
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         return int(remove_poll(u, fd, poll_user_data, user_data))
-    at = _next_sqe(u)
+    at = next_sqe(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]

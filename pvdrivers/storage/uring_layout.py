@@ -24,6 +24,7 @@ IORING_OP_FALLOCATE: Final = 17
 IORING_OP_READ: Final = 22
 IORING_OP_WRITE: Final = 23
 
+IOSQE_CQE_SKIP_SUCCESS: Final = 1 << 6
 IORING_FSYNC_DATASYNC: Final = 1
 IORING_POLL_ADD_MULTI: Final = 1
 IORING_CQE_F_MORE: Final = 2
@@ -73,8 +74,10 @@ URING: Final = np.dtype(
         ("cq_mask", "i8"),
         ("tail", "i8"),  # next SQE to fill; the kernel sees it when we enter
         ("pending", "i8"),  # SQEs filled and not yet consumed
-        ("chunk", "i8"),  # enter as soon as so many are pending
+        ("chunk", "i8"),  # enter as soon as so many are pending, those apart that
+        ("joined", "i8"),  # ... go with whatever enters next
         ("enters", "i8"),  # system calls made, for statistics
+        ("quiet", "i8"),  # 1: the kernel knows IOSQE_CQE_SKIP_SUCCESS (Linux 5.17)
         ("sigmask", "i8"),  # struct io_uring_getevents_arg, 24 bytes
         ("sigmask_size", "u4"),
         ("arg_pad", "u4"),

@@ -42,6 +42,7 @@ _FEAT_SINGLE_MMAP: Final = 1 << 0
 _FEAT_NODROP: Final = 1 << 1
 _FEAT_EXT_ARG: Final = 1 << 8
 _FEAT_RSRC_TAGS: Final = 1 << 10  # stands for 5.13, the first kernel with multishot poll
+_FEAT_CQE_SKIP: Final = 1 << 11  # 5.17: done without it
 _FEATURES: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP | _FEAT_EXT_ARG | _FEAT_RSRC_TAGS
 
 _OFF_SQ_RING: Final = 0
@@ -163,6 +164,7 @@ class Uring:
         (r["sq_mask"],) = struct.unpack_from("=I", rings, sq_mask)
         (r["cq_mask"],) = struct.unpack_from("=I", rings, cq_mask)
         r["arg_timeout"] = self.address + TIMESPEC
+        r["quiet"] = bool(p[5] & _FEAT_CQE_SKIP)
         # SQEs are used in order: entry i of the indirection is i, once and for all.
         struct.pack_into(f"={sq_entries}I", rings, sq_array, *range(sq_entries))
 

@@ -48,6 +48,8 @@ def unmask(wa: int, ra: int) -> None:
 
 @inline
 def unmask_now(wa: int) -> None:
-    """What was unmasked takes effect: one system call for all, where it takes one."""
+    """What was unmasked takes effect as the worker goes to sleep at the latest: by the very call that it sleeps in, or
+    else by one for all."""
+    w = worker_at(wa)
     seam = _seam(wa)
-    call(seam["event_unmask"], seam["event_ctx"], 0, 0, 0)
+    call(seam["event_unmask"], seam["event_ctx"], 0, 0, w["uring"] if w["event_in"] != 0 else 0)

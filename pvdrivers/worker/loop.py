@@ -13,13 +13,14 @@ It leaves only when told to stop, or when io_uring itself fails.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, ENOENT
+from errno import EAGAIN, EBUSY, EIO, ENOENT
 from typing import Any
 
 import numpy as np
 
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, queue_poll_unread, reap, wait
+from pvdrivers.storage.uring_device import queue_read
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
 from pvdrivers.syscalls import EINTR, sched_yield
 from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
@@ -41,6 +42,7 @@ from .records import (
     TAG_EVENT,
     TAG_MASK,
     TAG_REMOVED,
+    TAG_UNMASK,
     TOP_RING_AT,
 )
 
@@ -61,12 +63,30 @@ def _store_state(ra: int, state: int) -> None:
 
 
 @kernel
-def _collect_events(wa: int, token: int) -> None:
-    """An event fd became readable: every ring whose port is pending becomes ready."""
+def _listen(wa: int) -> None:
+    """Hear of the events of all rings, where they have one fd: have it read, or polled."""
+    w = worker_at(wa)
+    w["deaf"] = 0
+    if w["event_fd"] < 0:
+        return
+    tag = TAG_EVENT | SHARED_EVENTS
+    if w["event_in"] != 0:
+        result = queue_read(w["uring"], w["event_fd"], w["event_in"], w["event_in_size"], tag)
+    else:
+        # Not by its edges: to /dev/xen/evtchn a port that comes while it is read is none.
+        result = queue_poll_unread(w["uring"], w["event_fd"], tag)
+    if result != 0:
+        w["deaf"] = 1
+
+
+@kernel
+def _collect_events(wa: int, token: int, n: int) -> None:
+    """An event fd became readable, or n bytes of it were read: every ring whose port is pending becomes ready."""
     w = worker_at(wa)
     seam = _seam(w)
-    call(seam["event_deliver"], seam["event_ctx"], token, 0, 0)
+    call(seam["event_deliver"], seam["event_ctx"], token, n, 0)
     ports = records(w["port_ring"], w["max_ports"], _I4)
+    strays = False
     for _ in range(w["max_ports"]):
         port = call(seam["event_next"], seam["event_ctx"], 0, 0, 0)
         if port < 0:
@@ -74,13 +94,16 @@ def _collect_events(wa: int, token: int) -> None:
         w["events"] += 1
         index = i64(ports[port]) if port < w["max_ports"] else i64(-1)
         if index < 0:
-            call(seam["event_unmask"], seam["event_ctx"], port, 0, 0)
+            call(seam["event_unmask"], seam["event_ctx"], port, 1, 0)
+            strays = True
             continue
         ra = ring_address(w, index)
         ring = ring_at(ra)
         ring["masked"] = 1
         stats_at(ring["stats"])["events"] += 1
         mark_ready(wa, ra)
+    if strays:
+        unmask_now(wa)
 
 
 @kernel
@@ -127,13 +150,27 @@ def _look_at_rings(wa: int) -> None:
 
 
 @inline
-def _event_completion(wa: int, index: int, flags: int) -> None:
+def _shared_events(wa: int, res: int, flags: int) -> None:
+    """The read or the poll of the events of all rings has completed."""
+    w = worker_at(wa)
+    if w["event_in"] == 0:
+        if flags & IORING_CQE_F_MORE == 0:
+            _listen(wa)
+        _collect_events(wa, w["event_token"], 0)
+        return
+    if res > 0:
+        _collect_events(wa, w["event_token"], res)
+    elif res != -EAGAIN and res != -EINTR:
+        w["error"] = res if res < 0 else -EIO  # nothing would be heard of any ring any more
+    _listen(wa)  # not before: it is read to where the ports were
+
+
+@inline
+def _event_completion(wa: int, index: int, res: int, flags: int) -> None:
     """A poll fired. One that has ended is queued again, unless its ring is on the way out."""
     w = worker_at(wa)
     if index == SHARED_EVENTS:
-        if flags & IORING_CQE_F_MORE == 0:
-            queue_poll_unread(w["uring"], w["event_fd"], TAG_EVENT | SHARED_EVENTS)
-        _collect_events(wa, w["event_token"])
+        _shared_events(wa, res, flags)
         return
     ra = ring_address(w, index)
     ring = ring_at(ra)
@@ -144,7 +181,7 @@ def _event_completion(wa: int, index: int, flags: int) -> None:
             return
         queue_poll(w["uring"], ring["event_fd"], TAG_EVENT | index)
     if ring["state"] == RING_ACTIVE:
-        _collect_events(wa, ring["event_token"])
+        _collect_events(wa, ring["event_token"], 0)
 
 
 @inline
@@ -172,13 +209,15 @@ def _handle_completions(wa: int, n: int) -> None:
             w["inflight"] -= 1
             complete(user_data, res)
         elif tag == TAG_EVENT:
-            _event_completion(wa, user_data & INDEX_MASK, flags)
+            _event_completion(wa, user_data & INDEX_MASK, res, flags)
         elif tag == TAG_REMOVED:
             _poll_removed(wa, user_data & INDEX_MASK, res)
         elif tag == TAG_DOORBELL:
             if flags & IORING_CQE_F_MORE == 0:
                 queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
             _look_at_rings(wa)
+        elif tag == TAG_UNMASK:
+            w["error"] = res  # ports that stay masked for ever
 
 
 @kernel
@@ -272,12 +311,10 @@ def run(wa: int) -> int:
     w = worker_at(wa)
     u = w["uring"]
     queue_poll(u, w["doorbell_fd"], TAG_DOORBELL)
-    if w["event_fd"] >= 0:
-        # Not by its edges: to /dev/xen/evtchn a port that comes while it is read is none.
-        queue_poll_unread(u, w["event_fd"], TAG_EVENT | SHARED_EVENTS)
+    _listen(wa)
     _look_at_rings(wa)
     busy_until = i64(0)
-    while load_acquire64(wa) == 0:  # WORKER.stop is the first field
+    while load_acquire64(wa) == 0 and w["error"] == 0:  # WORKER.stop is the first field
         w["passes"] += 1
         n = reap(u)
         w["now"] = now_ns(wa)
@@ -314,12 +351,13 @@ def run(wa: int) -> int:
         if n == 0 and nap == 0:
             _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
             if w["event_fd"] >= 0:
-                _collect_events(wa, w["event_token"])  # evtchn may miss to wake, within a few instructions
+                _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions
         if n == -EAGAIN or n == -EBUSY:
             # Short of memory, or of room for completions: nothing is lost, it is all still queued.
             w["short"] += 1
             sched_yield()
         elif n < 0 and n != -EINTR:
             w["error"] = n
-            return n
-    return 0
+        if w["deaf"] != 0:
+            _listen(wa)
+    return w["error"]

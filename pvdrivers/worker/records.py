@@ -34,6 +34,9 @@ WORKER = np.dtype(
         ("alert_fd", "i8"),  # eventfd that wakes the control thread
         ("event_fd", "i8"),  # one fd for the events of all rings (real Xen), or -1: each ring has its own
         ("event_token", "i8"),
+        ("event_in", "i8"),  # where the io_uring reads that fd to; 0: it is polled, and the seam reads
+        ("event_in_size", "i8"),
+        ("deaf", "i8"),  # it could not be read or polled again, for want of memory: to be tried once more
         ("uring", "i8"),  # address of a URING
         ("seam", "i8"),  # address of a SEAM
         ("rings", "i8"),  # address of RING[max_rings]
@@ -167,6 +170,7 @@ RING = np.dtype(
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
         ("limit_told", "i8"),  # the control thread has told of it
+        ("quick", "i8"),  # how often in a row its store had finished an I/O before the call came back
         ("free", "i8"),  # i4 stack of free record indices
         ("free_n", "i8"),
         ("stats", "i8"),  # address of a STATS
@@ -208,6 +212,7 @@ Its address is the I/O's user_data.
 TAG_EVENT = 1 << 60
 TAG_DOORBELL = 2 << 60
 TAG_REMOVED = 3 << 60
+TAG_UNMASK = 4 << 60  # only if it failed
 TAG_MASK = 7 << 60
 
 HIST_BUCKETS = 256

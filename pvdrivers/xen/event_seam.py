@@ -2,6 +2,8 @@
 
 The kernel masks a port when it has been notified, until it is written back: reading tells the ports, writing has them
 delivered again (drivers/xen/evtchn.c). So a storm costs whoever makes it a visit each, and nobody an interrupt each.
+
+A worker's io_uring reads for us (to `taken`, EventChannel.shared_read), and writes for us as it enters the kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from pvdrivers.storage.uring_device import consumed, queue_write_quiet
 from pvdrivers.syscalls import EINVAL, ioctl32, read, write
+from pvdrivers.worker.records import TAG_UNMASK
 from rings.atomics import i64, records, store32
 from rings.jit import inline, kernel, seam_function
 
@@ -27,6 +31,9 @@ EVENT_CTX = np.dtype(
         ("n", "i8"),  # how many there are
         ("later", "i8"),  # address of u4[PORTS_AT_ONCE]: ports that are to be written back
         ("later_n", "i8"),
+        ("sent", "i8"),  # another such array: what an io_uring writes, or has written
+        ("sent_at", "i8"),  # its SQE; -1 there was none yet
+        ("calls", "i8"),  # system calls made here, for statistics
     ],
     align=True,
 )
@@ -44,6 +51,7 @@ def fill(ctx_at: int) -> int:
     """Read what is pending: how many ports, or -errno."""
     ctx = _ctx(ctx_at)
     ctx["at"], ctx["n"] = 0, 0
+    ctx["calls"] += 1
     n = read(ctx["fd"], ctx["taken"], PORTS_AT_ONCE * 4)
     if n > 0:
         ctx["n"] = n >> 2
@@ -56,15 +64,19 @@ def event_notify(ctx_at: int, port: int, b: int, c: int) -> int:
     """SEAM.event_notify: 0 or -errno; -EINVAL or -ENOTCONN for a port that this handle does not have."""
     if port <= 0 or port > _LARGEST:
         return -EINVAL
-    result = ioctl32(_ctx(ctx_at)["fd"], IOCTL_EVTCHN_NOTIFY, port)
+    ctx = _ctx(ctx_at)
+    ctx["calls"] += 1
+    result = ioctl32(ctx["fd"], IOCTL_EVTCHN_NOTIFY, port)
     return result if result < 0 else 0
 
 
 @seam_function
-def event_deliver(ctx_at: int, token: int, b: int, c: int) -> int:
-    """SEAM.event_deliver: the device became readable. 0; that there is nothing is no error."""
+def event_deliver(ctx_at: int, token: int, n: int, c: int) -> int:
+    """SEAM.event_deliver: the device became readable, or n bytes were read. 0; that there is nothing is no error."""
     ctx = _ctx(ctx_at)
-    if ctx["at"] >= ctx["n"]:
+    if n > 0:
+        ctx["at"], ctx["n"] = 0, n >> 2
+    elif ctx["at"] >= ctx["n"]:
         fill(ctx_at)
     return 0
 
@@ -83,8 +95,21 @@ def event_next(ctx_at: int, a: int, b: int, c: int) -> int:
     return i64(records(ctx["taken"], PORTS_AT_ONCE, _PORT)[at])
 
 
+@inline
+def _sent(ctx: Any, u: int) -> bool:
+    """Have the io_uring at u write `later` as it enters the kernel next. False if it cannot."""
+    if u == 0 or (ctx["sent_at"] >= 0 and not consumed(u, ctx["sent_at"])):
+        return False  # what was sent before is still to be written: the kernel is short of memory
+    at = queue_write_quiet(u, ctx["fd"], ctx["later"], ctx["later_n"] * 4, TAG_UNMASK)
+    if at < 0:
+        return False
+    ctx["sent_at"] = at
+    ctx["later"], ctx["sent"] = i64(ctx["sent"]), i64(ctx["later"])
+    return True
+
+
 @seam_function
-def event_unmask(ctx_at: int, port: int, later: int, c: int) -> int:
+def event_unmask(ctx_at: int, port: int, later: int, u: int) -> int:
     """SEAM.event_unmask: 0 or -errno. With `later` it waits for a call without, or for a page of ports."""
     ctx = _ctx(ctx_at)
     if port < 0 or port > _LARGEST:
@@ -94,6 +119,9 @@ def event_unmask(ctx_at: int, port: int, later: int, c: int) -> int:
         ctx["later_n"] += 1
     if ctx["later_n"] == 0 or (later != 0 and ctx["later_n"] < PORTS_AT_ONCE):
         return 0
-    result = write(ctx["fd"], ctx["later"], ctx["later_n"] * 4)
+    result = i64(0)
+    if not _sent(ctx, u):
+        ctx["calls"] += 1
+        result = write(ctx["fd"], ctx["later"], ctx["later_n"] * 4)
     ctx["later_n"] = 0
     return result if result < 0 else 0

@@ -41,10 +41,11 @@ class XenEventChannel:
         """Raises PlatformError if the device cannot be opened."""
         self.fd = open_device(EVTCHN)
         self._ports: set[int] = set()
-        self._taken, self._later = np.zeros(PORTS_AT_ONCE, np.uint32), np.zeros(PORTS_AT_ONCE, np.uint32)
+        self._buffers = np.zeros((3, PORTS_AT_ONCE), np.uint32)
         self._record = np.zeros(1, EVENT_CTX)
-        self._record["fd"] = self.fd
-        self._record["taken"], self._record["later"] = self._taken.ctypes.data, self._later.ctypes.data
+        self._record["fd"], self._record["sent_at"] = self.fd, -1
+        for name, buffer in zip(("taken", "later", "sent"), self._buffers):
+            self._record[name] = buffer.ctypes.data
         self.ctx = int(self._record.ctypes.data)
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
@@ -53,6 +54,11 @@ class XenEventChannel:
     def shared_source(self) -> tuple[int, int]:
         """(fd, token) for all ports of the handle."""
         return self.fd, 0
+
+    @property
+    def shared_read(self) -> tuple[int, int]:
+        """(address, bytes): where an io_uring may read what is pending to, for SEAM.event_deliver."""
+        return self._buffers.ctypes.data, PORTS_AT_ONCE * 4
 
     def _ioctl(self, request: int, argument: bytes, what: str) -> int:
         try:

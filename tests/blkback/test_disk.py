@@ -11,7 +11,7 @@ import pytest
 from blkback import disk
 from blkback.records import BLK_REQ, DISK, K_READ, K_WRITE
 from pvdrivers.storage.constants import STORE_FILE
-from pvdrivers.storage.uring import advance, cqe, enable, reap, wait
+from pvdrivers.storage.uring import advance, cqe, enable, peek, queue_nop, queue_poll, reap, wait
 from pvdrivers.storage.uring_layout import CQE
 from pvdrivers.storage.uring_setup import Uring
 from pvdrivers.worker.control import Memory
@@ -29,6 +29,21 @@ def first_result(u: int) -> int:
     res = records(cqe(u, 0), 1, CQE)[0]["res"]
     advance(u, 1)
     return res
+
+
+@kernel
+def first_of_many(u: int, ra: int, slow_fd: int) -> int:
+    """A visit with many I/Os for a disk that does nothing: the chunk they go in."""
+    chunk = disk.set_chunk(u, ra)
+    if chunk < disk.DEEP_CHUNK:
+        if slow_fd >= 0:
+            queue_poll(u, slow_fd, 1)
+        else:
+            queue_nop(u, 1)
+        disk.submit_first(u, ra)
+        reap(u)
+        advance(u, peek(u))
+    return chunk
 
 
 class Bench:
@@ -96,3 +111,23 @@ def test_a_file_that_was_truncated(uring: Uring, tmp_path: Path) -> None:
     assert read.run() == -EIO
     assert bytes(read.data[1][:488]) == b"x" * 488
     os.close(fd)
+
+
+def test_a_store_that_is_done_at_once_is_given_all(tmp_path: Path) -> None:
+    """A call for every fourth I/O is for disks that could run dry; the others are asked again now and then."""
+    uring = Uring.open(256, 256)
+    if uring.kind != "io_uring":
+        pytest.skip(uring.reason)
+    enable(uring.address)
+    ring, device = np.zeros(1, RING), np.zeros(1, DISK)
+    ring[0]["device"], device[0]["chunk"] = device.ctypes.data, 4
+    never = os.eventfd(0)
+    try:
+        chunks = [first_of_many(uring.address, ring.ctypes.data, -1) for _ in range(300)]
+        assert chunks[: disk.QUICK] == [4] * disk.QUICK
+        assert 1 <= chunks[disk.QUICK :].count(4) <= 300 // disk.PROBE
+        chunks = [first_of_many(uring.address, ring.ctypes.data, never) for _ in range(3 * disk.PROBE)]
+        assert chunks[-disk.PROBE :] == [4] * disk.PROBE
+    finally:
+        uring.close()
+        os.close(never)

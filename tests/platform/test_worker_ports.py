@@ -15,7 +15,7 @@ from tests.platform.conftest import Bed
 
 @kernel
 def collect(worker: int, token: int) -> None:
-    loop._collect_events(worker, token)
+    loop._collect_events(worker, token, 0)
 
 
 def test_an_event_that_comes_before_its_ring_is_filled_in(bed: Bed) -> None:
