@@ -284,7 +284,7 @@ def _arm(wa: int, napping: int) -> int:
         ra = w["active_head"]
         ring = ring_at(ra)
         w["active_head"] = ring["next_active"]
-        if napping != 0 and ring["state"] == RING_ACTIVE and ring["blocked"] == 0 and is_deep(wa, ra):
+        if napping != 0 and is_deep(ra):
             ring["next_active"] = keep
             keep = ra
             continue

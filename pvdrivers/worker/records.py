@@ -53,6 +53,7 @@ WORKER = np.dtype(
         ("taken", "i8"),  # requests taken, by all rings
         ("nap_taken", "i8"),  # ... when the gap was looked at last
         ("nap_at", "i8"),  # ns: when that was
+        ("napped", "i8"),  # ... and the pass before ended in a nap
         ("cycle_scale", "i8"),  # ns a cycle, by 2**20; 0: the clock is asked
         ("cycle_limit", "i8"),  # cycles after which it is asked again
         ("cycle_at", "i8"),  # the counter, and
@@ -170,6 +171,7 @@ RING = np.dtype(
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
         ("limit_told", "i8"),  # the control thread has told of it
+        ("deepest", "i8"),  # requests that its guest has kept going at the most, lately; see nap
         ("quick", "i8"),  # how often in a row its store had finished an I/O before the call came back
         ("free", "i8"),  # i4 stack of free record indices
         ("free_n", "i8"),
