@@ -45,7 +45,7 @@ class Bed:
         self.wa, self.ra = int(self.worker.ctypes.data), int(self.ring.ctypes.data)
 
     def guest(self, req_prod: int, consumed: int, answered: int | None = None) -> None:
-        """It has put so many requests, and consumed so many responses; all but one were answered, if nothing is said."""
+        """It has put so many requests, and consumed so many responses; all but one were answered, or `answered`."""
         self.page[0] = req_prod & 0xFFFFFFFF
         self.page[3] = (consumed + 1) & 0xFFFFFFFF
         self.end[0]["pushed"] = (req_prod - 1 if answered is None else answered) & 0xFFFFFFFF
