@@ -140,7 +140,8 @@ class Guest:
         """What a shell line printed. Raises CommandError when it fails or takes longer; then the guest is lost."""
         status, output = self.ask(command, seconds)
         if status != 0:
-            raise CommandError(f"{self.name}: {command}", status, output)
+            kernel = self.ask("dmesg | tail -n 12")[1]
+            raise CommandError(f"{self.name}: {command}", status, f"{output}\nits kernel: {kernel}")
         return output
 
     def ask(self, command: str, seconds: float = 60) -> tuple[int, str]:

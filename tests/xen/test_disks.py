@@ -21,7 +21,7 @@ from .serve import Serve
 from .stores import Stores, checksum
 from .system import CommandError, dump, listing, read, sh, until
 
-MIB = 14
+MIB = 18
 GUEST = "xen_blkfront.max_ring_page_order=4 xen_blkfront.max_indirect_segments=256"
 """What the guest would take; what each disk offers limits it."""
 
