@@ -38,14 +38,16 @@ class Budget:
     """What this process has set aside. Any thread may call."""
 
     def __init__(
-        self, run_dir: Path, host_pages: int | None, *, pages: int | None = None, per_domain: int | None = None
-    ) -> None:
+        self, run_dir: Path, host_pages: int | None, *, pages: int | None = None, mappings: int | None = None,
+        per_domain: int | None = None,
+    ) -> None:  # fmt: skip
         """`host_pages`: what all processes of this run directory may have together, None: any number. `pages`: what
-        this one may have, whatever the others have. `per_domain`: for one guest, by default half of that."""
+        this one may have, whatever the others have. `mappings`: what the kernel lets it have. `per_domain`: for one
+        guest, by default half of that."""
         self._directory = run_dir / "budget"
-        self._host, self._pages = host_pages, pages
-        most = host_pages if pages is None else pages
-        self._per_domain = most // 2 if per_domain is None and most is not None else per_domain
+        self._host, self._pages, self._mappings = host_pages, pages, mappings
+        most = [n for n in (host_pages if pages is None else pages, mappings) if n is not None]
+        self._per_domain = min(most) // 2 if per_domain is None and most else per_domain
         self._lock = threading.Lock()
         self._own: dict[str, tuple[int, int]] = {}
         self._path: Path | None = None
@@ -86,18 +88,21 @@ class Budget:
 
     def _limits(self, device: str, domid: int, most: int | None, others: list[tuple[int, int]]) -> Iterator[Limit]:
         own = list(self._own.values())
+        used = sum(pages for _, pages in own)
         if most is not None:
             yield Limit(most, most, "that the disk may have; raise its option grant_pages")
         if self._per_domain is not None:
             left = self._per_domain - sum(pages for d, pages in own + others if d == domid)
             yield Limit(self._per_domain, left, f"that domain {domid} may have; raise --grant-pages-per-domain")
         if self._pages is not None:
-            left = self._pages - sum(pages for _, pages in own)
-            yield Limit(self._pages, left, "that this process may have; raise --grant-pages")
+            yield Limit(self._pages, self._pages - used, "that this process may have; raise --grant-pages")
         elif self._host is not None:
             left = self._host - sum(pages for _, pages in own + others)
             text = f"that this host may have mapped; raise {_PARAMETER} on Xen's command line, or --grant-pages"
             yield Limit(self._host, left, text)
+        if self._mappings is not None:
+            text = "that a process may have mapped; raise the sysctl vm.max_map_count, and restart"
+            yield Limit(self._mappings, self._mappings - used, text)
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[list[tuple[int, int]]]:

@@ -309,6 +309,7 @@ class Context:
         self.budget = Budget(
             self.run_dir,
             getattr(self.platform, "grant_pages", None),
+            mappings=getattr(self.platform, "mapping_pages", None),
             pages=self.options.get("grant_pages"),
             per_domain=self.options.get("grant_pages_per_domain"),
         )

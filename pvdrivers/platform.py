@@ -182,6 +182,8 @@ class Platform(Protocol):
     pages: GuestPages
     grant_pages: int | None
     """How many granted pages this process should have mapped at the most; None: as many as it likes."""
+    mapping_pages: int | None
+    """... for the kernel's sake, which lets a process have so many mappings; None: the same."""
     late_unmap: bool
     """Whether a page can stay mapped after grant_unmap for as long as the kernel still holds a reference to it, as
     it may for a moment after direct I/O has completed."""

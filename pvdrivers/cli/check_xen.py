@@ -30,6 +30,7 @@ def findings(root: Path = Path("/"), store: str | None = None) -> Iterator[Findi
     yield from _devices(root)
     yield _vbd(root)
     yield _grants(pv)
+    yield from _mappings(root, pv)
     if not dom0:
         yield Finding(
             "xenstore quota",
@@ -127,6 +128,19 @@ def _grants(pv: bool) -> Finding:
         f"{', a page counts twice in a PV domain' if pv else ''}): disks of one queue, all at their most: "
         f"{', '.join(disks)}. Beyond that less is kept, and the rest copied",
     )
+
+
+def _mappings(root: Path, pv: bool) -> Iterator[Finding]:
+    """Whether the kernel lets a process map as much as Xen does."""
+    maps, pages = limits.mapping_pages(root), limits.mappable_pages(pv)
+    if maps is None:
+        return
+    text = f"{maps} pages in one process (vm.max_map_count={maps + limits.OWN_MAPPINGS}, of which it wants some itself)"
+    if maps >= pages:
+        yield Finding("xen mappings", True, text)
+    else:
+        advice = "copy examples/dom0/sysctl-pvdrivers.conf to /etc/sysctl.d, sysctl --system, and restart the service"
+        yield Finding("xen mappings", False, f"{text}, fewer than Xen has room for: {pages}", advice)
 
 
 def _service(root: Path) -> Finding:

@@ -25,6 +25,7 @@ class SimPlatform:
     """One handle of a domain of the embedded Xen. Implements platform.Platform."""
 
     grant_pages: int | None = None
+    mapping_pages: int | None = None
     late_unmap = False
 
     def __init__(self, run_dir: Path, domid: int, token: bytes | None, *, strict: bool, abi: str) -> None:

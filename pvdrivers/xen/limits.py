@@ -2,7 +2,8 @@
 
 A mapped grant takes one maptrack handle of Xen, or two in a PV domain (gntdev maps the page for the process and for the
 kernel). Xen keeps MAPTRACK_PER_FRAME handles in a frame, and `gnttab_max_maptrack_frames` is 1024 by default:
-xen/common/grant_table.c.
+xen/common/grant_table.c. And a mapping, which may be of one page, is one of vm.max_map_count that the kernel lets a
+process have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ MAPTRACK_PER_FRAME = 256
 """PAGE_SIZE / sizeof(struct grant_mapping), which has 16 bytes."""
 DEFAULT_MAPTRACK_FRAMES = 1024
 PARAMETER = "gnttab_max_maptrack_frames"
+MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
+OWN_MAPPINGS = 2048
+"""Of a process, for itself: its program, threads, io_urings, and holes between pages of guests."""
 _OURS = 0.75
 """Of the handles: the kernel's own backends want some, too."""
 
@@ -43,3 +47,11 @@ def maptrack_frames() -> int:
 def mappable_pages(pv: bool) -> int:
     """Pages that our mappings may take all together."""
     return int(maptrack_frames() * MAPTRACK_PER_FRAME * _OURS) // (2 if pv else 1)
+
+
+def mapping_pages(root: Path = Path("/")) -> int | None:
+    """Pages that one process may have mapped if each is a mapping of its own, None if that is not told."""
+    try:
+        return max(int((root / MAX_MAP_COUNT.lstrip("/")).read_text()) - OWN_MAPPINGS, 0)
+    except (OSError, ValueError):
+        return None

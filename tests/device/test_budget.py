@@ -57,6 +57,19 @@ def test_which_limit(limits: dict[str, int], says: str, tmp_path: Path) -> None:
     assert other == (1 if limits.get("pages") == 120 else 0)
 
 
+def test_what_the_kernel_lets_a_process_map(tmp_path: Path) -> None:
+    """Whatever the operator gives it, and whatever other processes have: each has mappings of its own."""
+    first = Budget(tmp_path, 10_000, pages=5_000, mappings=150, per_domain=1000)
+    other = Budget(tmp_path, 10_000, mappings=150)
+    assert first.reserve("a", 1, STEPS) == (0, "")
+    index, why = first.reserve("b", 1, STEPS)
+    assert index == 1
+    assert why.startswith("50 pages are left of 150 that a process may have mapped; raise the sysctl vm.max_map_count")
+    assert other.limited and other.reserve("c", 2, [75, 1]) == (0, "")
+    assert other.reserve("d", 2, [1, 0])[1].startswith("0 pages are left of 75 that domain 2 may have")
+    assert Budget(tmp_path, None, mappings=150).limited
+
+
 def test_the_limit_of_a_disk(tmp_path: Path) -> None:
     """It holds where there is no other."""
     for budget in (Budget(tmp_path, None), Budget(tmp_path, 1000)):
