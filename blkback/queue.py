@@ -13,7 +13,7 @@ import numpy as np
 from pvdrivers.storage.uring import is_done
 from pvdrivers.worker.cache import purge_cache
 from pvdrivers.worker.events import notify as notify_guest
-from pvdrivers.worker.grants import acquire, copy_back, release
+from pvdrivers.worker.grants import acquire, copy_back, release, try_to_map
 from pvdrivers.worker.histogram import bucket_of
 from pvdrivers.worker.journal import (
     STEP_COMPLETED,
@@ -68,6 +68,7 @@ def step(wa: int, ra: int, budget: int, abandoned: int) -> int:
         abandon(wa, ra, da)
         return 0
     purge_cache(wa, ra)
+    try_to_map(wa, ra)
     if ring["waiting"] != 0:
         drive(wa, ra, da)
         return 0

@@ -288,8 +288,9 @@ class Workers(Protocol):
         Raises PlatformError if a worker has ended.
         """
 
-    def notices(self) -> Sequence[tuple[Any, str]]:
-        """The same for what an operator should hear, while the Device goes on; after alerts()."""
+    def notices(self) -> Sequence[tuple[Any, str, str]]:
+        """After alerts(): what an operator should hear while the Device goes on: the Device, a kind of trouble, a text,
+        which is empty if it is over."""
 
 
 @dataclass

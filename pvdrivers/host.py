@@ -174,11 +174,15 @@ class Host:
             self._error = e  # a worker has ended: who comes next takes over what it served
             return
         for device, violation in alerts:
-            life = self.lives.get(key_of(device.ident))
-            if life is not None and life.device is device:
+            if (life := self._life_of(device)) is not None:
                 life.fault(violation)
-        for device, text in self.context.workers.notices():
-            log.warning("%s: %s", device.ident, text)
+        for device, kind, text in self.context.workers.notices():
+            if (life := self._life_of(device)) is not None:
+                life.troubles.notice(kind, text)
+
+    def _life_of(self, device: Device) -> Life | None:
+        life = self.lives.get(key_of(device.ident))
+        return life if life is not None and life.device is device else None
 
     def close(self) -> None:
         """Give back claims and descriptors, after run() and once no signal handler calls here any more.

@@ -30,6 +30,7 @@ S = XenbusState
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
+_OF_RINGS = ("grants",)  # troubles of rings that are no more
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -279,7 +280,7 @@ class Life:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
         self.nodes.clear_report()
-        self.troubles.over("waiting", "draining", "quota")
+        self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if wanted.action in _COSTLY else ()))
         if published:
             self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False

@@ -20,6 +20,8 @@ _GUEST_TO_MOVE = {
     XenbusState.Closing: "its guest has not let go of it",
 }
 
+_OVER = {"grants": "its guest's pages are mapped again"}
+
 
 class Troubles:
     """The troubles of one device by kind, each a line for people. `changed` is called when they are others.
@@ -32,6 +34,7 @@ class Troubles:
     quota     xenstore does not let us publish it
     unwatched nor watch it
     lost      xenstored was restarted, and knows nothing of it any more
+    grants    Xen had no room to map its guest's pages, which are copied
     """
 
     def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:
@@ -61,6 +64,15 @@ class Troubles:
         """These kinds of trouble are over."""
         if any([self.now.pop(kind, None) is not None for kind in kinds]):
             self._changed()
+
+    def notice(self, kind: str, text: str) -> None:
+        """What the workers say: trouble of this kind, or that it is over. The log hears of the end as well."""
+        if text:
+            self._told.discard(text)  # each time, as it hears that it was over
+            self.add(kind, text)
+        elif kind in self.now:
+            self.over(kind)
+            log.info("%s: %s", self._name, _OVER[kind])
 
     def went(self, state: XenbusState) -> None:
         """The device is in this state from now on."""

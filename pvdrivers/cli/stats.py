@@ -34,6 +34,7 @@ COUNTERS = (
     "map_failures",
     "replayed",
     "fallbacks",
+    "copying",
 )
 
 
@@ -110,6 +111,7 @@ def _text(device: dict[str, Any]) -> Iterator[str]:
             f"    notifications {q['notify_sent']} sent, {q['notify_saved']} saved, {q['events']} received; grants"
             f" {q['grants_mapped']} mapped, {q['grants_copied']} copied, {q['persistent_hits']} reused,"
             f" {q['persistent_held']} held, {q['map_failures']} failed, {q['fallbacks']} fell back to copy"
+            + (", all are copied for now" if q["copying"] else "")
         )
         for name, p in q["latency_us"].items():
             yield f"    {name} us: " + ", ".join(f"{label} {value:.1f}" for label, value in p.items())

@@ -27,6 +27,7 @@ from rings.jit import compile_for
 
 from . import loop
 from .fair import NO_LIMIT
+from .notices import Notices
 from .records import (
     BLOCK_SIZE,
     CALLING_AT,
@@ -47,11 +48,6 @@ MAX_RINGS = 1024
 MAX_PORTS = 131072
 MAX_OPS = 4096
 BUDGET = 32
-LIMIT = (
-    "Xen has no room for more mapped grants (maptrack, GNTST {status}); its requests are copied from now on; raise"
-    " gnttab_max_maptrack_frames on Xen's command line (for a driver domain max_maptrack_frames in its xl"
-    " configuration), or vm.max_map_count if that is what is short, or use policy=copy"
-)
 FAIR_DEPTH = 8
 # Address space: what is never used takes no memory. See pools for who may have how much.
 BLOCKS_KEPT, BLOCKS = MAX_RINGS, MAX_RINGS + 2048
@@ -309,11 +305,10 @@ class Worker:
                 found.append((handle.device, VIOLATIONS.get(int(handle.record["violation"]), "unknown violation")))
         return found
 
-    def limited(self) -> list[tuple[Any, np.void]]:
-        """Devices with a RING that is copied for want of room in Xen, and that RING."""
+    def attached(self) -> list[tuple[Any, np.void]]:
+        """Devices, and a RING of theirs."""
         with self._lock:
-            handles = list(self._handles.values())
-        return [(handle.device, handle.record) for handle in handles if handle.record["limit"]]
+            return [(handle.device, handle.record) for handle in self._handles.values()]
 
 
 class WorkerPool:
@@ -329,6 +324,7 @@ class WorkerPool:
             for i in range(count)
         ]
         self._next = 0
+        self._notices = Notices()
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -375,18 +371,9 @@ class WorkerPool:
                 raise PlatformError(worker.failed)
         return found
 
-    def notices(self) -> Sequence[tuple[Any, str]]:
-        """What happened to devices that go on, since the last call; each once a device, whatever the number of its
-        rings."""
-        found = []
-        rings = [ring for worker in self.workers for ring in worker.limited()]
-        told = {id(device) for device, record in rings if record["limit_told"]}
-        for device, record in rings:
-            record["limit_told"] = 1
-            if id(device) not in told:
-                told.add(id(device))
-                found.append((device, LIMIT.format(status=int(record["limit"]))))
-        return found
+    def notices(self) -> Sequence[tuple[Any, str, str]]:
+        """What happened to devices that go on, since the last call, and what is over (see Notices)."""
+        return list(self._notices.look([ring for worker in self.workers for ring in worker.attached()]))
 
 
 def warm() -> None:

@@ -7,7 +7,7 @@ Three policies, the operator's choice per device:
     copy         nothing is ever mapped: data goes through bounce pages of ours by grant copy
 
 A page that cannot be had fails its request alone: REQ.failed. Where Xen has no room for more mappings nothing fails:
-the request is copied, and so is all that its ring takes from then on.
+the request is copied, and so is all that its ring takes after it, until it is tried again: after a minute, then later.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from .persistent import cache_at, entry_at, lookup, put_back
 from .pools import free_bounce, pop_bounce, push_block, push_bounce, wake_starved
 from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
 
+RETRY_NS, RETRY_MOST_NS = 60_000_000_000, 3_600_000_000_000
+"""The first wait before a ring that has had no room maps again, and the longest."""
+SPARE = 4096
+"""Bounce pages that are free for a try: if it fails, no request may fail for its sake."""
 _IOVEC_SIZE = IOVEC.itemsize
 _I8 = np.dtype(np.int64)
 
@@ -135,6 +139,28 @@ def _acquire_bounce(wa: int, n: int) -> None:
     w["bounce_reserved"] = 0
 
 
+@inline
+def _copy_for_now(wa: int, ra: int) -> None:
+    """Copy what the ring takes, until it is tried again: twice as late as the last time, if that was not long ago."""
+    ring = ring_at(ra)
+    now = worker_at(wa)["now"]
+    recent = ring["retry_ns"] > 0 and now - ring["retry_at"] < RETRY_MOST_NS
+    ring["retry_ns"] = min(ring["retry_ns"] * 2, i64(RETRY_MOST_NS)) if recent else i64(RETRY_NS)
+    ring["retry_at"] = now + ring["retry_ns"]
+    ring["mapping"] = ring["policy"]
+    ring["policy"] = POLICY_COPY
+
+
+@inline
+def try_to_map(wa: int, ra: int) -> None:
+    """Have a ring that had no room map what it takes from now on, if it is time to try."""
+    ring = ring_at(ra)
+    if ring["limit"] != 0 and ring["policy"] == POLICY_COPY:
+        if worker_at(wa)["now"] >= ring["retry_at"] and free_bounce(wa) >= SPARE:
+            ring["policy"] = ring["mapping"]
+            ring["fetch_copies"] = 0
+
+
 @kernel
 def _fall_back(wa: int, ra: int, n: int) -> None:
     """Xen had no room to map some of pass_reqs[:n]: these are copied instead, and all that the ring takes after them.
@@ -146,12 +172,17 @@ def _fall_back(wa: int, ra: int, n: int) -> None:
     reqs = records(w["pass_reqs"], n, _I8)
     limit = i64(0)
     unmaps = i64(0)
+    mapped = False
     for i in range(n):
         req = req_at(reqs[i])
         if req["nseg"] > 0 and _is_limit(req["failed"]):
             limit = i64(req["failed"])
             unmaps = _let_go(wa, reqs[i], unmaps)
+        elif req["nseg"] > 0 and req["copied"] == 0 and req["failed"] == 0:
+            mapped = True
     if limit == 0:
+        if mapped:
+            mark_limited(ra, i64(0))
         return
     unmap_batch(wa, w["ops"], unmaps)
     stats = stats_at(ring["stats"])
@@ -167,7 +198,7 @@ def _fall_back(wa: int, ra: int, n: int) -> None:
         else:
             stats["map_failures"] += 1
     copy_batch(wa, copies)
-    ring["policy"] = POLICY_COPY
+    _copy_for_now(wa, ra)
     drop_cache(wa, ra, i64(FOREVER), w["ops"], w["max_ops"])
     mark_limited(ra, limit)
 

@@ -116,10 +116,11 @@ def take_done(ra: int) -> int:
 
 @kernel
 def mark_limited(ra: int, status: int) -> None:
-    """Xen had no room for a map, GNTST_*: the control thread hears of it, once a ring."""
+    """Xen had no room for a map, GNTST_*, or has some again, 0: the control thread hears of it, once a ring."""
     ring = ring_at(ra)
-    if ring["limit"] == 0:
+    if (ring["limit"] == 0) != (status == 0):
         ring["limit"] = status
+        stats_at(ring["stats"])["copying"] = 0 if status == 0 else 1
         eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)
 
 

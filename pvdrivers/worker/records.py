@@ -170,7 +170,9 @@ RING = np.dtype(
         ("fetch_copies", "i8"),  # what is read once is copied: to map the pages did not do
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
-        ("limit_told", "i8"),  # the control thread has told of it
+        ("mapping", "i8"),  # ... instead of this POLICY_*
+        ("retry_at", "i8"),  # ns: when it is tried again
+        ("retry_ns", "i8"),  # ... which is so long after it failed
         ("deepest", "i8"),  # requests that its guest has kept going at the most, lately; see nap
         ("quick", "i8"),  # how often in a row its store had finished an I/O before the call came back
         ("free", "i8"),  # i4 stack of free record indices
@@ -241,7 +243,8 @@ STATS = np.dtype(
         ("state", "u8"),  # RING.state, for the reader
         ("nr_ents", "u8"),
         ("fallbacks", "u8"),  # requests that were copied as Xen had no room to map their pages
-        ("pad", "u8", (6,)),  # to whole cache lines: the next queue may be another worker's
+        ("copying", "u8"),  # 1: it has had no room since, and copies
+        ("pad", "u8", (5,)),  # to whole cache lines: the next queue may be another worker's
         ("hist", "u8", (HIST_KINDS, HIST_BUCKETS)),
     ],
     align=True,

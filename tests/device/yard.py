@@ -43,7 +43,7 @@ class Pool:
         found, self.found = self.found, []
         return found
 
-    def notices(self) -> list[tuple[Any, str]]:
+    def notices(self) -> list[tuple[Any, str, str]]:
         said, self.said = self.said, []
         return said
 

@@ -186,6 +186,11 @@ def give_back(ca: int, index: int) -> None:
 
 
 @kernel
+def try_to_map(wa: int, ra: int) -> None:
+    grants.try_to_map(wa, ra)
+
+
+@kernel
 def purge(wa: int, ra: int) -> None:
     purge_cache(wa, ra)
 

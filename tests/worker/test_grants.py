@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pvdrivers.platform import GNTST_no_device_space, GNTST_no_space
+from pvdrivers.worker import grants
 from pvdrivers.worker.records import POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
-from tests.worker.bed import BAD_GNTREF, PAGE, Bed, Segment, purge
+from tests.worker.bed import BAD_GNTREF, PAGE, Bed, Segment, purge, try_to_map
 
 
 def whole(*grefs: int) -> list[Segment]:
@@ -134,6 +135,40 @@ def test_no_room_in_xen(policy: int, status: int) -> None:
     assert (int(ring["policy"]), int(ring["limit"]), bed.alerts()) == (POLICY_COPY, status, 1)
     bed.release(0, 1, 2)
     assert bed.worker[0]["bounce_n"] == 5
+    bed.check()
+
+
+def test_with_room_again_it_is_mapped_again() -> None:
+    """After a minute, then ever more rarely, and only with bounce pages to spare; each way is told once."""
+    bed = Bed(POLICY_MAP, bounce=grants.SPARE + 2)
+    ring, w = bed.ring[0], bed.worker[0]
+
+    def mapped(seconds: int) -> bool:
+        w["now"] += seconds * 10**9
+        try_to_map(bed.wa, bed.ra)
+        assert bed.prepare(0, whole(0, 1), True)
+        bed.acquire([0])
+        there = bool(bed.mapped.any())
+        assert bed.reqs["failed"][0] == 0 and there == (bed.reqs["bounced"][0] == 0)
+        assert bed.stats[0]["copying"] == (not there)
+        bed.release(0)
+        return there
+
+    bed.counts[0]["room"] = 0
+    assert not mapped(0) and bed.alerts() == 1
+    wait, fallbacks = 60, 1
+    for _ in range(10):
+        assert not mapped(wait - 1) and bed.stats[0]["fallbacks"] == fallbacks
+        assert not mapped(2) and bed.stats[0]["fallbacks"] == fallbacks + 1
+        wait, fallbacks = min(2 * wait, 3600), fallbacks + 1
+    assert bed.alerts() == 0
+    bed.counts[0]["room"] = 100
+    assert not mapped(wait - 1)
+    w["bounce_n"] -= 3
+    assert not mapped(2)
+    w["bounce_n"] += 3
+    assert mapped(0) and ring["limit"] == 0 and bed.alerts() == 1
+    assert mapped(0) and bed.alerts() == 0
     bed.check()
 
 

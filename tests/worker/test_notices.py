@@ -1,0 +1,25 @@
+"""Each trouble of a device's rings is told once, and so is its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pvdrivers.worker.notices import Notices
+from pvdrivers.worker.records import RING
+
+
+def test_once_a_device_each_way() -> None:
+    rings, notices = np.zeros(3, RING), Notices()
+    disk, other = object(), object()
+    of = [(disk, rings[0]), (disk, rings[1]), (other, rings[2])]
+    assert list(notices.look(of)) == []
+    rings["limit"] = -13, -13, 0
+    ((device, kind, text),) = notices.look(of)
+    assert device is disk and kind == "grants" and "GNTST -13" in text and "gnttab_max_maptrack_frames" in text
+    rings["limit"] = -13, 0, -13
+    assert [(d is other, k) for d, k, _ in notices.look(of)] == [(True, "grants")]
+    rings["limit"] = 0, 0, -13
+    assert list(notices.look(of)) == [(disk, "grants", "")]
+    assert list(notices.look(of[:2])) == [], "who is gone is not spoken of"
+    rings["limit"] = -13, 0, 0
+    assert [d is disk for d, _, _ in notices.look(of)] == [True], "each time"
