@@ -71,7 +71,7 @@ def test_a_device_without_a_guest_that_answers(here: Yard, store: XenStoreClient
             # The one whose frontend has begun is waited for, and then taken away.
             begun = path.endswith("/51744")
             assert toolstack.detach(store, path, timeout=2 if begun else 10, force=True) is not begun, path
-        assert here.devices(domid) == []
+        until(lambda: here.devices(domid) == [], 10, "the daemon has let go of all")
         one.destroy()
         here.check_gone(domid)
 
