@@ -12,7 +12,14 @@ import pytest
 ON_XEN = os.path.exists("/dev/xen/gntdev") and os.path.isdir("/bed/guests")
 PART = os.environ.get("PVDRIVERS_XEN_PART", "1/1")
 SECONDS = {
-    "test_kills.py": 300,
+    "test_attach.py": 120,
+    "test_disks.py": 200,
+    "test_driver_domain.py": 150,
+    "test_handshakes.py": 150,
+    "test_kills.py": 250,
+    "test_lives.py": 120,
+    "test_troubles.py": 150,
+    "test_upgrade.py": 120,
 }
 """Of a file, about: what the machines of a run at once divide among themselves."""
 collect_ignore_glob = [] if ON_XEN else ["test_*.py"]
