@@ -20,7 +20,10 @@ _GUEST_TO_MOVE = {
     XenbusState.Closing: "its guest has not let go of it",
 }
 
-_OVER = {"grants": "its guest's pages are mapped again"}
+_OVER = {
+    "grants": "its guest's pages are mapped again",
+    "events": "its guest sends no events without end any more",
+}
 
 
 class Troubles:
@@ -34,6 +37,7 @@ class Troubles:
     quota     xenstore does not let us publish it
     unwatched nor watch it
     lost      xenstored was restarted, and knows nothing of it any more
+    events    its guest sends events with nothing behind them
     grants    Xen had no room to map its guest's pages, which are copied
     """
 

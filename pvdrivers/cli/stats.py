@@ -27,6 +27,7 @@ COUNTERS = (
     "notify_sent",
     "notify_saved",
     "events",
+    "idle_events",
     "grants_mapped",
     "grants_copied",
     "persistent_hits",
@@ -108,7 +109,8 @@ def _text(device: dict[str, Any]) -> Iterator[str]:
             f" {q['errors']} errors, {q['violations']} violations, {q['replayed']} replayed"
         )
         yield (
-            f"    notifications {q['notify_sent']} sent, {q['notify_saved']} saved, {q['events']} received; grants"
+            f"    notifications {q['notify_sent']} sent, {q['notify_saved']} saved, {q['events']} received,"
+            f" {q['idle_events']} for nothing; grants"
             f" {q['grants_mapped']} mapped, {q['grants_copied']} copied, {q['persistent_hits']} reused,"
             f" {q['persistent_held']} held, {q['map_failures']} failed, {q['fallbacks']} fell back to copy"
             + (", all are copied for now" if q["copying"] else "")

@@ -29,7 +29,7 @@ from rings.ring import available, final_check
 
 from .events import unmask, unmask_now
 from .fair import look_around
-from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, stats_at, worker_at
+from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, worker_at
 from .nap import is_deep, nap_length, now_ns
 from .records import (
     RING_ACTIVE,
@@ -45,6 +45,7 @@ from .records import (
     TAG_UNMASK,
     TOP_RING_AT,
 )
+from .storm import count_event, let_in, longest
 
 _I4 = np.dtype(np.int32)
 INDEX_MASK = 0xFFFFFF
@@ -100,7 +101,7 @@ def _collect_events(wa: int, token: int, n: int) -> None:
         ra = ring_address(w, index)
         ring = ring_at(ra)
         ring["masked"] = 1
-        stats_at(ring["stats"])["events"] += 1
+        count_event(wa, ra)
         mark_ready(wa, ra)
     if strays:
         unmask_now(wa)
@@ -296,7 +297,7 @@ def _arm(wa: int, napping: int) -> int:
             keep = ra
         else:
             ring["active"] = 0
-            if ring["masked"] != 0:
+            if ring["masked"] != 0 and ring["storming"] == 0:
                 unmasked = True
                 unmask(wa, ra)
     w["active_head"] = keep
@@ -321,6 +322,7 @@ def run(wa: int) -> int:
         look_around(wa)
         if n > 0:
             _handle_completions(wa, n)
+        let_in(wa)
         _finish(wa)
         _poll_active(wa)
         served = _serve(wa)
@@ -347,8 +349,8 @@ def run(wa: int) -> int:
             w["naps"] += 1
         else:
             w["sleeps"] += 1
-        n = wait(u, nap if nap > 0 else HOUSEKEEPING_NS)
-        if n == 0 and nap == 0:
+        n = wait(u, longest(wa, nap if nap > 0 else i64(HOUSEKEEPING_NS)))
+        if n == 0 and nap == 0 and w["let_in_at"] == 0:
             _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
             if w["event_fd"] >= 0:
                 _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions

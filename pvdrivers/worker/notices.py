@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from . import storm
+
 LIMIT = (
     "Xen has no room for more mapped grants (maptrack, GNTST {status}); its requests are copied, which is tried again"
     " after a minute, and then ever more rarely; raise gnttab_max_maptrack_frames on Xen's command line (for a driver"
     " domain max_maptrack_frames in its xl configuration), or vm.max_map_count if that is what is short, or use"
     " policy=copy"
+)
+
+STORM = (
+    "its guest sends events with nothing behind them,"
+    f" more than {storm.MOST} a second; it is let in {10**9 // storm.HOLD_NS} times a second"
 )
 
 
@@ -39,6 +46,14 @@ def _troubles(rings: Sequence[tuple[Any, np.void]]) -> Iterator[tuple[Any, str, 
     """Each kind once a device, whatever the number of its rings."""
     seen: list[tuple[Any, str]] = []
     for device, ring in rings:
-        if ring["limit"] and not any(d is device and k == "grants" for d, k in seen):
-            seen.append((device, "grants"))
-            yield device, "grants", LIMIT.format(status=int(ring["limit"]))
+        for kind, text in _of(ring):
+            if not any(d is device and k == kind for d, k in seen):
+                seen.append((device, kind))
+                yield device, kind, text
+
+
+def _of(ring: np.void) -> Iterator[tuple[str, str]]:
+    if ring["limit"]:
+        yield "grants", LIMIT.format(status=int(ring["limit"]))
+    if ring["storming"]:
+        yield "events", STORM

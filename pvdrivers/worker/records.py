@@ -36,6 +36,7 @@ WORKER = np.dtype(
         ("event_token", "i8"),
         ("event_in", "i8"),  # where the io_uring reads that fd to; 0: it is polled, and the seam reads
         ("event_in_size", "i8"),
+        ("let_in_at", "i8"),  # ns: when ports of guests that storm are let in again; 0: none does
         ("deaf", "i8"),  # it could not be read or polled again, for want of memory: to be tried once more
         ("uring", "i8"),  # address of a URING
         ("seam", "i8"),  # address of a SEAM
@@ -171,6 +172,11 @@ RING = np.dtype(
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
         ("mapping", "i8"),  # ... instead of this POLICY_*
+        ("storming", "i8"),  # its guest sends events with nothing behind them: see storm
+        ("storm_at", "i8"),  # ns: since when they are counted, and
+        ("storm_cons", "i8"),  # ... RING_END.cons at that time
+        ("storm_events", "i8"),
+        ("quiet", "i8"),  # how often its port was found still in a row
         ("retry_at", "i8"),  # ns: when it is tried again
         ("retry_ns", "i8"),  # ... which is so long after it failed
         ("deepest", "i8"),  # requests that its guest has kept going at the most, lately; see nap
@@ -244,7 +250,8 @@ STATS = np.dtype(
         ("nr_ents", "u8"),
         ("fallbacks", "u8"),  # requests that were copied as Xen had no room to map their pages
         ("copying", "u8"),  # 1: it has had no room since, and copies
-        ("pad", "u8", (5,)),  # to whole cache lines: the next queue may be another worker's
+        ("idle_events", "u8"),  # those of the events that had nothing behind them
+        ("pad", "u8", (4,)),  # to whole cache lines: the next queue may be another worker's
         ("hist", "u8", (HIST_KINDS, HIST_BUCKETS)),
     ],
     align=True,

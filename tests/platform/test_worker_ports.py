@@ -9,6 +9,7 @@ import numpy as np
 from pvdrivers.worker import loop
 from pvdrivers.worker.control import Worker
 from pvdrivers.worker.records import STATS
+from rings import ring as ringlib
 from rings.jit import kernel
 from tests.platform.conftest import Bed
 
@@ -21,6 +22,7 @@ def collect(worker: int, token: int) -> None:
 def test_an_event_that_comes_before_its_ring_is_filled_in(bed: Bed) -> None:
     # Binding makes a port pending, and on Xen one fd tells of all ports: the worker learns of it at once.
     alert, stats = os.eventfd(0), np.zeros(1, STATS)
+    end, page = np.zeros(1, ringlib.RING_END), np.zeros(4096, np.uint8)
     worker = Worker(bed.back, 0, alert)
     try:
         theirs = bed.front.open_events()
@@ -30,6 +32,8 @@ def test_an_event_that_comes_before_its_ring_is_filled_in(bed: Bed) -> None:
         handle = worker.new_ring(None, port)
         shared = worker.record["event_fd"] >= 0
         token = int((worker if shared else handle).record["event_token"])
+        assert ringlib.back_end(end.ctypes.data, page.ctypes.data, 32, 112) != ringlib.CORRUPT
+        handle.record["end"] = end.ctypes.data
         handle.record["stats"] = stats.ctypes.data  # it would be written to through a null pointer otherwise
         collect(worker.address, token)
         assert stats[0]["events"] == 0 and handle.record["masked"] == 0

@@ -17,6 +17,7 @@ import pytest
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import queue_nop
 from pvdrivers.storage.uring_layout import ring_at as uring_at
+from pvdrivers.worker import storm
 from pvdrivers.worker.control import RingHandle, Worker, warm
 from pvdrivers.worker.marks import req_at, ring_at, take_done, worker_at
 from pvdrivers.worker.records import REQ, STATS
@@ -232,3 +233,45 @@ def test_a_device_that_fails_ends_the_worker() -> None:
     with running(True, fails=True) as (worker, (guest,)):
         guest.events.kernel.shutdown(socket.SHUT_WR)
         until(lambda: bool(worker.failed))
+
+
+@ways
+def test_a_storm_is_held_back_and_no_neighbour_notices(on_the_ring: bool) -> None:
+    with running(on_the_ring, guests=2) as (worker, (liar, honest)):
+        events = liar.events
+
+        def blow(seconds: float) -> None:
+            """As evtchn does it: a port that is masked waits, so there is one as soon as it is let in again."""
+            until_then = time.monotonic() + seconds
+            while time.monotonic() < until_then:
+                if liar.port in events.unmasked():
+                    events.signal(liar.port)
+
+        liar.push(1)
+        until(lambda: liar.answered(1))
+        events.signal(liar.port)
+        until(lambda: blow(0.05) or bool(liar.handle.record["storming"]))
+        before = int(liar.stats[0]["events"])
+        blow(1.0)
+        assert int(liar.stats[0]["events"]) - before <= 15
+        honest.push(1)
+        until(lambda: honest.answered(1))
+        liar.push(1)
+        until(lambda: blow(0.01) or liar.answered(2))
+        assert int(liar.stats[0]["idle_events"]) > storm.MOST and not honest.handle.record["storming"]
+        until(lambda: not liar.handle.record["storming"])
+        assert os.eventfd_read(worker._alert_fd) == 2
+        passes = int(worker.record["passes"])
+        time.sleep(0.3)
+        assert worker.record["passes"] - passes <= 1, "nobody is waited for any more"
+
+
+@ways
+def test_an_honest_guest_is_no_storm(on_the_ring: bool) -> None:
+    with running(on_the_ring) as (_, (guest,)):
+        for k in range(1, 4001):
+            guest.push(1)
+            while not guest.answered(k):
+                pass
+            guest.events.unmasked()
+        assert not guest.handle.record["storming"] and guest.stats[0]["idle_events"] < 1000

@@ -23,3 +23,6 @@ def test_once_a_device_each_way() -> None:
     assert list(notices.look(of[:2])) == [], "who is gone is not spoken of"
     rings["limit"] = -13, 0, 0
     assert [d is disk for d, _, _ in notices.look(of)] == [True], "each time"
+    rings["storming"] = 0, 1, 0
+    ((device, kind, text),) = notices.look(of)
+    assert device is disk and kind == "events" and "10 times a second" in text
