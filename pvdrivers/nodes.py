@@ -36,6 +36,8 @@ def connection_lost(error: OSError) -> bool:
     """Whether it was the connection to the store that failed, and not the one request."""
     return error.errno in _LOST
 
+_IN_FULL = 8  # errors of a device that the log hears of each time
+
 
 class Nodes:
     """The nodes of one device."""
@@ -46,6 +48,7 @@ class Nodes:
         self.stray = False
         """The frontend was found to be another backend's."""
         self._control = control
+        self._errors = 0  # that were for the log
         self._published: set[str] = set()
         self._seen = False  # our directory was there
         self._lost = False  # ... and was not removed, but xenstored has forgotten everything
@@ -158,7 +161,11 @@ class Nodes:
             return
         self.reported = text
         if not logged:
-            log.error("%s: %s", self.ident, text)
+            # A guest can fail in ever new words, by another gref each time: the log hears ever more rarely of it.
+            self._errors += 1
+            if self._errors <= _IN_FULL or self._errors & (self._errors - 1) == 0:
+                so_far = f" ({self._errors} errors so far)" if self._errors > _IN_FULL else ""
+                log.error("%s: %s%s", self.ident, text, so_far)
         store, path = self._control.store, self.ident.backend_path
         short = text.encode()[:_MOST_TEXT]
         told = [(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))]

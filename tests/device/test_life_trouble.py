@@ -35,6 +35,20 @@ def test_what_may_pass_is_tried_again(bed: Bed, trouble: Exception) -> None:
     assert guest.key("hotplug-status") == "connected"
 
 
+def test_a_guest_does_not_fill_the_log_with_new_words(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, _ = bed.life(guest)
+    life.look()
+    for gref in range(300):
+        life.nodes.report(f"grant reference {gref} of domain 7 cannot be mapped")
+        assert life.nodes.reported.endswith(f"{gref} of domain 7 cannot be mapped")
+    lines = [r.getMessage() for r in caplog.records if "cannot be mapped" in r.getMessage()]
+    assert len(lines) == 8 + 5
+    assert lines[-1].endswith("grant reference 255 of domain 7 cannot be mapped (256 errors so far)")
+    assert str(guest.error()).endswith("grant reference 299 of domain 7 cannot be mapped"), "xenstore has them all"
+
+
 def test_retries_become_rare(bed: Bed) -> None:
     guest = bed.guest()
     guest.attach()
