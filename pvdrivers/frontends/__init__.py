@@ -1,7 +1,8 @@
 """The guest's side of the split drivers: honest peers with a public API, that any platform can carry.
 
     blkfront           Blkfront: a disk, its operations, and what came of them
-    blkfront_life      the handshake with the backend, from the directory in xenstore to an orderly close
+    front              the handshake with a backend, from the directory in xenstore to an orderly close
+    blkfront_life      what a disk does in it: its rings, and what is in flight when they go
     blkfront_keys      what both ends say to each other in xenstore, parsed and checked
     blkfront_io        operations, and their cutting into requests
     blkfront_queue     one ring with its event channel, its grants and the thread that waits for it

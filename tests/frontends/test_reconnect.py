@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pvdrivers.frontends import blkfront_life
+from pvdrivers.frontends import front
 from pvdrivers.frontends.blkfront import Io
 from pvdrivers.frontends.load import Load, Plan
 from pvdrivers.sim import toolstack
@@ -42,7 +42,7 @@ def _succeed(setup: Any, before: Backend, how: str, **keys: Any) -> Backend:
 def test_requests_in_flight_go_out_again(
     setup: Any, monkeypatch: pytest.MonkeyPatch, how: str, persistent: int
 ) -> None:
-    monkeypatch.setattr(blkfront_life, "_DRAIN", 0.3)  # this one never finishes what it has
+    monkeypatch.setattr(front, "DRAIN", 0.3)  # this one never finishes what it has
     backend = setup.serve(feature_persistent=persistent, feature_max_indirect_segments=64)
     disk = setup.connect(queues=2, ring_order=1)
     backend.serving = False
