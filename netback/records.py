@@ -1,4 +1,4 @@
-"""The network backend's records: what a packet turned out to be."""
+"""The network backend's records: what a packet turned out to be, and the ports and the switch between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from rings.atomics import records
 from rings.jit import inline
-from rings.netif import NR_SLOTS_MIN
+from rings.netif import GSO_TCPV4, GSO_TCPV6, NR_SLOTS_MIN
 
 MAX_SLOTS = NR_SLOTS_MIN
 """Requests of a packet, extras not counted; with more it is dropped."""
@@ -51,11 +51,30 @@ PACKET = np.dtype(
         ("gso_size", "i8"),
         ("mcast", "i8"),  # EXTRA_MCAST_ADD or _DEL, 0 neither
         ("mcast_addr", "i8"),  # ... and the address, first byte lowest
+        # Filled in behind `plan`: where its bytes are, and what they say.
+        ("domid", "i8"),  # whose grefs its fragments name
+        ("data", "i8"),  # address of a private copy of its first bytes: the only ones that are ever looked at
+        ("have", "i8"),  # how many these are; the others go from page to page
+        ("want", "i8"),  # ... and are to be
+        ("last_op", "i8"),  # where its copies end in the batch that fetches them
+        ("fill", "i8"),  # a receiver wants its checksum complete
+        ("at", "i8"),  # its first slot, of those that this pass has copied
+        ("csum", "i8"),  # CSUM_*
+        ("src", "i8"),  # addresses, first byte lowest
+        ("dst", "i8"),
+        ("l3", "i8"),  # 4 or 6, 0 if it is neither
+        ("l4", "i8"),  # where TCP or UDP begins, 0 if it does not
+        ("csum_at", "i8"),  # ... and where its checksum is
+        ("hash", "i8"),  # of its flow, 32 bits
+        ("to", "i8"),  # index of a port, or TO_ALL, or TO_NOBODY
         ("fragments", "i8"),
         ("fragment", FRAGMENT, (MAX_SLOTS,)),
     ],
     align=True,
 )
+CSUM_NONE, CSUM_VALID, CSUM_BLANK = range(3)
+"""PACKET.csum: nothing is known of its checksum; it has been looked at; only that of the pseudo-header is there."""
+TO_ALL, TO_NOBODY = -1, -2
 FRAGMENT_AT: int = PACKET.fields["fragment"][1]  # type: ignore[index]
 
 
@@ -69,6 +88,105 @@ def packet_at(pa: int) -> Any:
 def fragment_at(pa: int, k: int) -> Any:
     """Fragment k of the PACKET at an address."""
     return records(pa + FRAGMENT_AT + k * 8, 1, FRAGMENT)[0]
+
+
+HEAD = 128
+"""Bytes of a packet that are copied to private memory whatever becomes of it: all headers that we look into."""
+MOST_BYTES = 65536
+"""Room for a whole packet."""
+BATCH = 32
+"""Packets taken from a ring, or read from a TAP, before they are sent on: WORKER.budget is no more."""
+
+# PORT.kind
+PORT_VIF, PORT_TAP = 1, 2
+# PORT.accepts
+ACCEPTS_SG, ACCEPTS_CSUM4, ACCEPTS_CSUM6 = 1, 2, 4
+ACCEPTS_GSO4, ACCEPTS_GSO6 = 8 << GSO_TCPV4, 8 << GSO_TCPV6
+ACCEPTS_ALL = ACCEPTS_SG | ACCEPTS_CSUM4 | ACCEPTS_CSUM6 | ACCEPTS_GSO4 | ACCEPTS_GSO6
+
+MAX_QUEUES = 16
+MAX_PORTS = 256
+MAX_LEARNED = 256
+"""Addresses learned behind a port: one that floods the table with more pushes out its own."""
+
+PORT = np.dtype(
+    [
+        ("kind", "i8"),  # PORT_*
+        ("index", "i8"),  # in its switch
+        ("epoch", "i8"),  # of that index: what was learned of an earlier port there counts no more
+        ("switch", "i8"),  # address of the SWITCH
+        ("domid", "i8"),
+        ("mac", "i8"),  # its own address, which nobody else may take; 0 none
+        ("joined", "i8"),  # the worker has it in its table
+        ("accepts", "i8"),  # ACCEPTS_*
+        ("handed_over", "i8"),  # the process ends, and leaves the guest to the next one
+        ("learned", "i8"),  # addresses in the table
+        ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
+        ("out", "i8", (MAX_QUEUES,)),  # their addresses
+    ],
+    align=True,
+)
+
+TABLE_BITS = 12
+TABLE_PROBES = 8
+TABLE_ENTRY = np.dtype(
+    [
+        ("mac", "i8"),
+        ("port", "i8"),
+        ("epoch", "i8"),  # PORT.epoch; 0: the entry is free
+        ("seen", "i8"),  # ns
+        ("fixed", "i8"),  # the port's own address
+    ],
+    align=True,
+)
+
+SWITCH = np.dtype(
+    [
+        ("ports", "i8", (MAX_PORTS,)),  # addresses of PORTs, 0 none; written by the control side
+        ("top", "i8"),  # no index from this on was ever used
+        ("wire", "i8"),  # two ports, and what comes by one leaves by the other: nothing is learned
+        ("table", "i8"),  # address of TABLE_ENTRY[1 << TABLE_BITS]
+        ("slots", "i8"),  # a ring's worth of TX_REQUESTs: private copies
+        ("packets", "i8"),  # PACKET[BATCH]
+        ("data", "i8"),  # MOST_BYTES for each of them
+        ("deliveries", "i8"),  # DELIVERY[MAX_DELIVERIES]
+        ("n_deliveries", "i8"),
+        ("n_ops", "i8"),  # copies in the worker's batch
+        ("page", "i8"),  # the receiver's page that is being filled: its gref,
+        ("page_at", "i8"),  # ... and from where on it is empty
+        ("scratch", "i8"),  # 64 bytes
+    ],
+    align=True,
+)
+
+MAX_DELIVERIES = 1024
+DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8")], align=True)
+"""A packet on its way into slots `first` on of a receiver's ring: who is to be told if a copy fails."""
+_DELIVERY_SIZE = DELIVERY.itemsize
+
+# Index into STATS.kinds.
+(N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED) = range(8)
+KIND_NAMES = ("sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted")
+"""By the guest; to it; broken requests; no room on its ring; a page that could not be had; and of what it sent: nobody
+is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind."""
+
+
+@inline
+def port_at(at: int) -> Any:
+    """The PORT at an address."""
+    return records(at, 1, PORT)[0]
+
+
+@inline
+def switch_at(at: int) -> Any:
+    """The SWITCH at an address."""
+    return records(at, 1, SWITCH)[0]
+
+
+@inline
+def delivery_at(swa: int, k: int) -> Any:
+    """DELIVERY k of the switch at an address."""
+    return records(switch_at(swa)["deliveries"] + k * _DELIVERY_SIZE, 1, DELIVERY)[0]
 
 
 assert FRAGMENT.itemsize == 8

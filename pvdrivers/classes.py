@@ -7,7 +7,7 @@ everything that serving the class will ever need.
 On a real Xen others serve backends, too. `vbd` is the kernel's own kind: where its driver is there, the kernel is left
 alone with it. `pvblk` is a kind of ours, which neither the kernel nor libxl knows: `pvdrivers block-attach` makes such
 devices, beside whatever serves the others. `qdisk` is QEMU's, which libxl starts for it, so it is served only if asked
-for by name, and then only where no QEMU is to be found.
+for by name, and then only where no QEMU is to be found. `vif` is netback's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ DEVICE_CLASSES: dict[str, str] = {
     "vbd": "blkback.backend:BlkBackend",
     "pvblk": "blkback.backend:BlkBackend",
     "qdisk": "blkback.backend:BlkBackend",
+    "vif": "netback.backend:VifBackend",
 }
 """Name of the directory below backend/ -> where its class is."""
 
-ONLY_BY_NAME = frozenset({"qdisk"})
-"""Not among the classes that are served when none is named."""
+ONLY_BY_NAME = frozenset({"qdisk", "vif"})
+"""Not among the classes that are served when none is named: `vif` until it has all that Linux's netback has."""
 
 
 def known() -> dict[str, str]:

@@ -326,6 +326,8 @@ class Device(ABC):
     later; anything else is our own fault, is logged with its traceback, and closes the device.
     """
 
+    violations: Mapping[int, str] = {}
+    """RING.violation of the class's own, from worker.records.V_CLASS on, in words."""
     params: BackKeys
     """The backend's own directory, read just before advertise(), connect() and refresh() are called."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def _latency(hist: np.ndarray) -> dict[str, dict[str, float]]:
     return out
 
 
-def _queue(row: np.void, number: int) -> dict[str, Any]:
-    out: dict[str, Any] = {"queue": number, "requests": dict(zip(KINDS, map(int, row["kinds"])))}
+def _queue(row: np.void, number: int, kinds: Sequence[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {"queue": number, "requests": dict(zip(kinds, map(int, row["kinds"])))}
     out |= {name: int(row[name]) for name in COUNTERS}
     out["latency_us"] = _latency(row["hist"])
     return out
@@ -80,7 +80,7 @@ def _counted(run_dir: Path) -> Iterator[dict[str, Any]]:
             continue
         about, rows = found
         device = dict(about)
-        device["queues"] = [_queue(row, q) for q, row in enumerate(rows)]
+        device["queues"] = [_queue(row, q, about.get("kinds", KINDS)) for q, row in enumerate(rows)]
         requests = inflight(Path(device["journal"]), device["device"]) if device.get("journal") else ()
         device["inflight"] = [
             {"queue": r.queue, "operation": r.operation, "sector": r.sector, "seconds": r.seconds, "done": r.done}

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 _SERVED = ("pvdrivers.sim.joined", "pvdrivers.xen.joined")
 """Whose import compiles what `serve` calls, beside the device classes."""
-_MORE = ("pvdrivers.frontends.blkfront",)
+_MORE = ("pvdrivers.frontends.blkfront", "pvdrivers.frontends.netfront")
 """What has a warm() of its own, and is not served."""
 
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from pvdrivers import classes
     from rings.jit import JIT, cache_dir
 
-    classes.warm()
+    classes.warm(classes.known())  # also those that are served only when they are named
     for name in _SERVED:
         importlib.import_module(name)
     made = _image() if JIT else ""

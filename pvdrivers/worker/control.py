@@ -38,9 +38,9 @@ from .records import (
     RING_DETACHED,
     RING_DETACHING,
     RING_FREE,
-    VIOLATIONS,
     WORKER,
     ZERO_BYTES,
+    in_words,
 )
 from .words import count_cycles, load_word, store_word
 
@@ -241,7 +241,7 @@ class Worker:
         os.eventfd_write(self.doorbell, 1)
 
     def new_ring(self, device: Any, port: int) -> RingHandle:
-        """A free RING record, zeroed, with worker, port and event source filled in. PvError if there is none."""
+        """A free RING record, zeroed, with worker, port (-1: none) and event source. PvError if there is none."""
         with self._lock:
             for index in range(MAX_RINGS):
                 if index not in self._handles:
@@ -254,7 +254,7 @@ class Worker:
         row = handle.record
         self.rings[index] = np.zeros((), RING)
         row["index"], row["worker"], row["port"] = index, self.address, port
-        if int(self._record[0]["event_fd"]) >= 0:
+        if port < 0 or int(self._record[0]["event_fd"]) >= 0:
             row["event_fd"] = -1
         else:
             row["event_fd"], row["event_token"] = self.events.source(port)
@@ -265,13 +265,14 @@ class Worker:
         store_word(handle.address, RING_ATTACHING)
         # Not before: a port is pending as soon as it is bound, and where all ports share one fd the worker would
         # take that event to a record that is not filled in. An event that comes too early is let in again.
-        self._ports[handle.port] = handle.index
+        if handle.port >= 0:
+            self._ports[handle.port] = handle.index
         self.ring_doorbell()
 
     def drop(self, handle: RingHandle) -> None:
         """Forget a ring that the worker does not serve: never attached, or detached."""
         with self._lock:
-            self._ports[handle.port] = -1
+            self._ports[handle.port : handle.port + 1] = -1  # none, if it has no port
             self._handles.pop(handle.index, None)
             store_word(handle.address, RING_FREE)
 
@@ -302,7 +303,7 @@ class Worker:
         for handle in handles:
             if load_word(handle.address) == RING_DEAD and not handle.record["reported"]:
                 handle.record["reported"] = 1
-                found.append((handle.device, VIOLATIONS.get(int(handle.record["violation"]), "unknown violation")))
+                found.append((handle.device, in_words(handle.device, int(handle.record["violation"]))))
         return found
 
     def attached(self) -> list[tuple[Any, np.void]]:

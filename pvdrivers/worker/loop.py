@@ -4,7 +4,7 @@ A pass visits only rings with something pending, gives each a budget so that no 
 most one system call besides those that a full chunk of I/O asks for:
 
     reap      completions: I/O is handed back to its ring, an event marks its ring ready
-    finish    rings with finished I/O: release, respond, notify          (class: RING.finish)
+    finish    rings that are due: release, respond, notify               (class: RING.finish)
     serve     rings with something pending: take, plan, acquire, submit  (class: RING.step)
     rest      nothing left: arm the events, look once more, and wait once for everything; or nap, see `nap`
 
@@ -181,7 +181,11 @@ def _event_completion(wa: int, index: int, res: int, flags: int) -> None:
             _try_detach(wa, ra)
             return
         queue_poll(w["uring"], ring["event_fd"], TAG_EVENT | index)
-    if ring["state"] == RING_ACTIVE:
+    if ring["state"] != RING_ACTIVE:
+        return
+    if ring["port"] < 0:
+        mark_ready(wa, ra)  # no event channel: a descriptor of its class's own
+    else:
         _collect_events(wa, ring["event_token"], 0)
 
 
@@ -223,13 +227,14 @@ def _handle_completions(wa: int, n: int) -> None:
 
 @kernel
 def _finish(wa: int) -> None:
-    """Every ring with finished I/O releases, responds and notifies."""
+    """Every ring that is due releases, responds and notifies."""
     w = worker_at(wa)
     while w["done_head"] != 0:
         ra = w["done_head"]
         ring = ring_at(ra)
         w["done_head"] = ring["next_done"]
         ring["next_done"] = 0
+        ring["due"] = 0
         call(ring["finish"], wa, ra, 0, 0)
         if ring["state"] == RING_DETACHING:
             _try_detach(wa, ra)

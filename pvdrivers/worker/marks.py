@@ -86,6 +86,17 @@ def mark_active(wa: int, ra: int) -> None:
 
 
 @kernel
+def mark_due(wa: int, ra: int) -> None:
+    """This ring has something to finish: in this pass, once, whatever comes to it until then."""
+    ring = ring_at(ra)
+    if ring["due"] == 0:
+        w = worker_at(wa)
+        ring["due"] = 1
+        ring["next_done"] = w["done_head"]
+        w["done_head"] = ra
+
+
+@kernel
 def complete(qa: int, res: int) -> None:
     """The store gave a request back: bytes, or -errno. Its ring is finished in this pass."""
     req = req_at(qa)
@@ -99,9 +110,7 @@ def complete(qa: int, res: int) -> None:
         return
     ring["done_head"] = qa
     ring["done_tail"] = qa
-    w = worker_at(ring["worker"])
-    ring["next_done"] = w["done_head"]
-    w["done_head"] = ra
+    mark_due(ring["worker"], ra)
 
 
 @inline

@@ -6,6 +6,8 @@ A device class hands the worker a RING with two compiled addresses: `step` (take
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 # RING.state
@@ -21,11 +23,19 @@ V_NONE = 0
 V_OVERFLOW = 1
 V_RECOVERY = 2
 V_EVENTS = 3
+V_CLASS = 16  # from here on they are the class's own: Device.violations
 VIOLATIONS = {
     V_OVERFLOW: "producer index beyond what the ring can hold",
     V_RECOVERY: "ring indices do not fit what the journal says",
     V_EVENTS: "an event channel that does not take a notification",
 }
+
+
+def in_words(device: Any, violation: int) -> str:
+    """What the guest of a Device did, by RING.violation."""
+    said: dict[int, str] = {**VIOLATIONS, **getattr(device, "violations", {})}
+    return said.get(violation, "unknown violation")
+
 
 WORKER = np.dtype(
     [
@@ -46,7 +56,7 @@ WORKER = np.dtype(
         ("max_ports", "i8"),
         ("ready_head", "i8"),  # list of rings with something pending, by RING.next_ready; 0 ends it
         ("ready_tail", "i8"),
-        ("done_head", "i8"),  # list of rings with finished I/O, by RING.next_done
+        ("done_head", "i8"),  # list of rings whose `finish` is due, by RING.next_done
         ("active_head", "i8"),  # list of rings whose events are not armed, by RING.next_active
         ("spin_ns", "i8"),
         ("nap_ns", "i8"),  # see nap: how long requests of a deep queue may be waited for; 0 never
@@ -132,7 +142,7 @@ RING = np.dtype(
         ("end", "i8"),  # address of the RING_END
         ("device", "i8"),  # address of the class's device record
         ("priv", "i8"),  # address of the class's queue record, if it has one
-        ("port", "i8"),
+        ("port", "i8"),  # -1: it has none, and is ready when its event_fd is, a descriptor of its class's own
         ("event_fd", "i8"),
         ("event_token", "i8"),
         ("polled", "i8"),  # 0 no poll of event_fd, 1 queued, 2 being removed
@@ -143,6 +153,7 @@ RING = np.dtype(
         ("next_ready", "i8"),
         ("next_active", "i8"),
         ("next_done", "i8"),
+        ("due", "i8"),  # on the done list: its `finish` is to be called in this pass
         ("done_head", "i8"),  # REQs that the store gave back, by REQ.next
         ("done_tail", "i8"),
         ("inflight", "i8"),  # taken and not answered

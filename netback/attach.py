@@ -1,0 +1,63 @@
+"""Filling in the records of a vif's rings. They begin at the rings' rsp_prod: fresh, or after a process that died."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pvdrivers.errors import ProtocolViolation
+from pvdrivers.worker.control import RingHandle
+from rings import ring as ringlib
+from rings.jit import address_of, compile_for
+from rings.netif import RX_ENTRY_SIZE, TX_ENTRY_SIZE
+
+from . import queue
+from .kernels import wake
+
+if TYPE_CHECKING:
+    from .backend import QueueState, VifBackend
+
+RING_SLOTS = 256
+"""In the one page that each ring has, whichever way."""
+
+
+def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> RingHandle:
+    """Fill in the RING of queue q's tx or rx ring. The worker is not told yet.
+
+    Raises ProtocolViolation for indices that no ring can have.
+    """
+    assert device.counters is not None
+    port = state.tx_port if tx else state.rx_port
+    # With one event channel for both it is the tx ring's: that one has something to do when it comes.
+    handle = state.worker.new_ring(device, port if tx or port != state.tx_port else -1)
+    state.handles.append(handle)
+    row = handle.record
+    row["port"] = port
+    end = np.zeros(1, ringlib.RING_END)
+    state.keep.append(end)
+    size = TX_ENTRY_SIZE if tx else RX_ENTRY_SIZE
+    page = state.mappings[0 if tx else 1].address
+    if ringlib.back_end(end.ctypes.data, page, RING_SLOTS, size) == ringlib.CORRUPT:
+        text = f"queue {q}: {'tx' if tx else 'rx'} indices that no ring can have"
+        raise ProtocolViolation(device.ident.domid, str(device.ident), text)
+    row["step"] = address_of(queue.step_tx if tx else queue.step_rx)
+    row["finish"] = address_of(queue.finish)
+    row["end"], row["device"] = end.ctypes.data, device.port.address
+    row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, device.ident.domid
+    row["blocked"] = 0 if tx else 1
+    row["stats"] = device.counters.address(q)
+    device.counters.queues[q]["nr_ents"] = RING_SLOTS
+    return handle
+
+
+def wake_guest(state: QueueState) -> None:
+    """Both rings of a queue, whatever the guest asked for: nobody knows how far a dead process got."""
+    for handle in state.handles:
+        wake(state.worker.address, handle.address)
+
+
+def warm() -> None:
+    """Compile what attaching calls."""
+    compile_for(ringlib.back_end, 4)
+    compile_for(wake, 2)

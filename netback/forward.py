@@ -1,0 +1,176 @@
+"""Packets that have come by one port go out by others. The heart of the switch; knows no ring of a sender.
+
+    look      the first bytes are private: parse them
+    route     learn who sent it, find who is to have it
+    gather    those that are looked into as a whole, or leave by a file descriptor: the rest of their bytes, in one call
+    send      to each receiver, in one call for all
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pvdrivers.worker.batch import op_at, seam_of
+from pvdrivers.worker.marks import stats_at, worker_at
+from rings.atomics import call, i64
+from rings.jit import inline, kernel
+from rings.netif import RSP_ERROR
+
+from .deliver import begin, flush, to_guest
+from .frame import fill_checksum, parse
+from .records import (
+    ACCEPTS_CSUM4,
+    ACCEPTS_CSUM6,
+    CSUM_BLANK,
+    N_NOBODY,
+    N_SPOOFED,
+    P_SEND,
+    PACKET,
+    PORT_VIF,
+    TO_ALL,
+    TO_NOBODY,
+    fragment_at,
+    packet_at,
+    port_at,
+    switch_at,
+)
+from .table import learn, lookup
+
+_PACKET_SIZE = PACKET.itemsize
+
+
+@inline
+def packet_of(swa: int, k: int) -> int:
+    """The address of the switch's packet k."""
+    return switch_at(swa)["packets"] + k * _PACKET_SIZE
+
+
+@kernel
+def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
+    """Learn, and choose: PACKET.to."""
+    packet = packet_at(pa)
+    now = worker_at(wa)["now"]
+    parse(pa)
+    if switch_at(swa)["wire"] != 0:
+        packet["to"] = TO_ALL
+        return
+    packet["to"] = TO_NOBODY
+    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"], now, 0):
+        stats_at(stats)["kinds"][N_SPOOFED] += 1
+        return
+    if packet["dst"] & 1 != 0:
+        packet["to"] = TO_ALL
+        return
+    index = lookup(swa, packet["dst"], now)
+    packet["to"] = index if index >= 0 else TO_ALL
+    if index == port_at(porta)["index"]:
+        packet["to"] = TO_NOBODY
+
+
+@inline
+def _note_wishes(pa: int, porta: int) -> None:
+    """What a receiver of the packet needs: all of its bytes here, or its checksum complete, and so its bytes."""
+    packet = packet_at(pa)
+    port = port_at(porta)
+    if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
+        if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
+            packet["fill"] = 1
+    if port["kind"] != PORT_VIF or packet["fill"] != 0:
+        packet["want"] = packet["size"]
+
+
+@inline
+def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
+    to_guest(wa, swa, pa, porta)
+
+
+@kernel
+def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
+    """For every receiver of a packet: send it, or note what it needs. How many there are."""
+    sw = switch_at(swa)
+    to = packet_at(pa)["to"]
+    found = i64(0)
+    if to == TO_NOBODY:
+        return found
+    first, last = (i64(0), sw["top"]) if to == TO_ALL else (to, to + 1)
+    for i in range(first, last):
+        other = sw["ports"][i]
+        if other == 0 or other == porta:
+            continue
+        found += 1
+        if send != 0:
+            _send_to(wa, swa, pa, other)
+        else:
+            _note_wishes(pa, other)
+    return found
+
+
+@kernel
+def fetch(wa: int, swa: int, n: int) -> None:
+    """What the switch's first n packets want of their bytes, to private memory, in one call. Who lacks a page for it
+    is refused."""
+    w = worker_at(wa)
+    ops = i64(0)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        start = i64(0)
+        if packet["verdict"] == P_SEND and packet["status"] == 0 and packet["have"] < packet["want"]:
+            for f in range(packet["fragments"]):
+                fragment = fragment_at(pa, f)
+                length = i64(fragment["length"])
+                skip = max(packet["have"] - start, 0)
+                take = min(length, packet["want"] - start) - skip
+                if take > 0:
+                    op = op_at(w["ops"], ops)
+                    op["address"], op["flags"] = packet["data"] + start + skip, 0
+                    op["gref"], op["domid"] = fragment["gref"], packet["domid"]
+                    op["offset"], op["length"] = i64(fragment["offset"]) + skip, take
+                    ops += 1
+                start += length
+            packet["have"] = packet["want"]
+        packet["last_op"] = ops
+    if ops == 0:
+        return
+    seam = seam_of(wa)
+    if call(seam["grant_copy"], seam["grant_ctx"], w["ops"], ops, 0) == 0:
+        return
+    at = i64(0)
+    for k in range(n):
+        packet = packet_at(packet_of(swa, k))
+        while at < packet["last_op"]:
+            if op_at(w["ops"], at)["status"] != 0:
+                packet["status"] = RSP_ERROR
+            at += 1
+
+
+@inline
+def _goes_on(packet: Any) -> bool:
+    return packet["verdict"] == P_SEND and packet["status"] == 0
+
+
+@kernel
+def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
+    """Send on the switch's first n packets, which have come by a port and of which the first bytes are private.
+
+    Of those that are refused, or become so, PACKET.status is not 0. When it returns nothing is on its way.
+    """
+    begin(swa)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet):
+            packet["fill"] = 0
+            _route(wa, swa, porta, pa, stats)
+            if packet["to"] != TO_NOBODY and _each(wa, swa, porta, pa, 0) == 0:
+                packet["to"] = TO_NOBODY
+                stats_at(stats)["kinds"][N_NOBODY] += 1
+    fetch(wa, swa, n)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet):
+            if packet["fill"] != 0:
+                fill_checksum(pa)
+            _each(wa, swa, porta, pa, 1)
+    flush(wa, swa)

@@ -1,0 +1,180 @@
+"""The worker's entries into the network backend, per ring and pass.
+
+    step_tx    what the guest sends: take, plan, copy the first bytes, forward, respond
+    step_rx    where the guest takes packets: nothing is taken from here, see `deliver`
+    finish     either ring: push what this pass has answered, notify once
+
+Nothing is in flight from one pass to the next: a packet is taken, copied and answered within a visit. So there is no
+journal; who comes after a process that died begins at rsp_prod, and what was not answered is sent, perhaps again.
+"""
+
+from __future__ import annotations
+
+from pvdrivers.worker.events import notify
+from pvdrivers.worker.fair import note_taken
+from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
+from pvdrivers.worker.records import RING_DEAD, V_CLASS, V_OVERFLOW
+from rings.atomics import copy_in, i64, records
+from rings.jit import inline, kernel, seam_function
+from rings.netif import (
+    RSP_ERROR,
+    RSP_NULL,
+    RSP_OKAY,
+    TX_ENTRY_SIZE,
+    TX_REQUEST,
+    TXF_csum_blank,
+    TXF_data_validated,
+    put_tx_response,
+)
+from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, slot
+
+from .forward import fetch, forward, packet_of
+from .records import (
+    BATCH,
+    CSUM_BLANK,
+    CSUM_NONE,
+    CSUM_VALID,
+    HEAD,
+    N_REFUSED,
+    N_SENT,
+    P_CONTROL,
+    P_FATAL,
+    P_SEND,
+    packet_at,
+    port_at,
+    switch_at,
+)
+from .request import plan
+from .table import learn
+
+
+@inline
+def _take(ra: int, slots: int, n: int) -> None:
+    """Private copies of the next n requests, in a row: at most two pieces of the ring."""
+    end = ring_at(ra)["end"]
+    e = records(end, 1, RING_END)[0]
+    first = min(n, e["nr_ents"] - (e["cons"] & (e["nr_ents"] - 1)))
+    copy_in(slots, slot(end, e["cons"]), first * TX_ENTRY_SIZE)
+    if n > first:
+        copy_in(slots + first * TX_ENTRY_SIZE, slot(end, e["cons"] + first), (n - first) * TX_ENTRY_SIZE)
+
+
+@inline
+def _prepare(pa: int, domid: int) -> None:
+    """Behind `plan`: what of it is to be private, and what is known of its checksum."""
+    packet = packet_at(pa)
+    packet["domid"] = domid
+    packet["have"], packet["want"] = 0, min(packet["size"], HEAD)
+    packet["csum"] = CSUM_NONE
+    if packet["flags"] & TXF_csum_blank != 0 or packet["gso_size"] != 0:
+        packet["csum"] = CSUM_BLANK
+    elif packet["flags"] & TXF_data_validated != 0:
+        packet["csum"] = CSUM_VALID
+
+
+@kernel
+def _respond(ra: int, swa: int, pa: int) -> None:
+    """One response a slot, in order: the packet's status, or that there was an extra."""
+    packet = packet_at(pa)
+    end = ring_at(ra)["end"]
+    e = records(end, 1, RING_END)[0]
+    stats = stats_at(ring_at(ra)["stats"])
+    for k in range(packet["slots"]):
+        extra = k > 0 and k <= packet["extras"]
+        request = records(switch_at(swa)["slots"] + (packet["at"] + k) * TX_ENTRY_SIZE, 1, TX_REQUEST)[0]
+        put_tx_response(slot(end, e["prod_pvt"]), i64(request["id"]), RSP_NULL if extra else packet["status"])
+        advance_prod(end, 1)
+    if packet["status"] == RSP_OKAY:
+        stats["kinds"][N_SENT] += 1
+        stats["bytes_read"] += packet["size"]
+    else:
+        stats["kinds"][N_REFUSED] += 1
+
+
+@kernel
+def _publish(wa: int, ra: int) -> None:
+    """Push, and notify if the guest asked for it."""
+    ring = ring_at(ra)
+    e = records(ring["end"], 1, RING_END)[0]
+    if e["prod_pvt"] == e["pushed"]:
+        return
+    if push(ring["end"]):
+        notify(wa, ra)
+        stats_at(ring["stats"])["notify_sent"] += 1
+    else:
+        stats_at(ring["stats"])["notify_saved"] += 1
+
+
+@seam_function
+def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
+    """RING.step of a tx ring. 1 if more may be pending."""
+    ring = ring_at(ra)
+    porta = ring["device"]
+    port = port_at(porta)
+    if abandoned != 0:
+        return 0
+    ring["blocked"] = port["handed_over"]  # then what is on the ring is for the next process
+    if ring["blocked"] != 0:
+        return 0
+    n = available(ring["end"])
+    if n == CORRUPT:
+        mark_dead(ra, V_OVERFLOW)
+        return 0
+    if n == 0:
+        return 0
+    swa = port["switch"]
+    sw = switch_at(swa)
+    _take(ra, sw["slots"], n)
+    packets = i64(0)
+    at = i64(0)
+    fault = i64(0)
+    while packets < min(budget, BATCH) and at < n and fault == 0:
+        pa = packet_of(swa, packets)
+        packet = packet_at(pa)
+        took = plan(pa, sw["slots"] + at * TX_ENTRY_SIZE, n - at)
+        if packet["verdict"] == P_FATAL:
+            fault = i64(packet["fault"])
+            break
+        if packet["verdict"] == P_CONTROL:
+            packet["status"] = RSP_ERROR  # there is no filter, and none was offered
+        packet["at"] = at
+        _prepare(pa, ring["domid"])
+        at += took
+        packets += 1
+    fetch(wa, swa, packets)
+    forward(wa, swa, porta, packets, ring["stats"])
+    for k in range(packets):
+        _respond(ra, swa, packet_of(swa, k))
+    advance(ring["end"], at)
+    note_taken(ra, packets)
+    if fault != 0:
+        _publish(wa, ra)  # what came before it is as good as any
+        mark_dead(ra, V_CLASS + fault)
+        return 0
+    mark_due(wa, ra)
+    return 1 if at < n else 0
+
+
+@seam_function
+def step_rx(wa: int, ra: int, budget: int, abandoned: int) -> int:
+    """RING.step of an rx ring: its requests are buffers, and stay until there is something for them."""
+    ring = ring_at(ra)
+    ring["blocked"] = 1
+    porta = ring["device"]
+    port = port_at(porta)
+    if abandoned == 0 and port["joined"] == 0:
+        port["joined"] = 1
+        if port["mac"] != 0:
+            learn(port["switch"], porta, port["mac"], worker_at(wa)["now"], 1)
+    return 0
+
+
+@seam_function
+def finish(wa: int, ra: int, _b: int, _c: int) -> int:
+    """RING.finish: what this pass has answered is published at once."""
+    if ring_at(ra)["state"] != RING_DEAD:
+        _publish(wa, ra)
+    return 0
+
+
+assert P_SEND == 0

@@ -1,0 +1,242 @@
+"""A network interface of a guest: netfront, from its directory in xenstore to an orderly close, with a public API.
+
+    vif = Netfront(platform, 0)
+    vif.connect(timeout=10)
+    vif.send(frame)                  # an Ethernet frame without its check sequence
+    frame = vif.receive(timeout=1)
+    vif.close()
+
+All methods may be called from several threads. When a backend goes and another comes, new rings are built, and what was
+on the old ones is lost, as packets are. A backend that breaks the protocol puts the interface in error: OSError(EIO),
+until it is closed. A backend that is killed and started again is not noticed at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from pvdrivers.errors import ConfigError
+from pvdrivers.platform import Platform
+from pvdrivers.xenbus import XenbusState
+from rings.jit import compile_for
+
+from . import netfront_kernels as kernels
+from . import netfront_keys as keys
+from .front import Frontend
+from .netfront_queue import Queue
+from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
+from .watches import Watches
+
+__all__ = ["CSUM_BLANK", "CSUM_NONE", "CSUM_VALID", "Frame", "Netfront", "warm"]
+
+_BATCH = 64
+_SLICE_MS = 50  # two threads may wait on a queue, and the one that is woken take what the other waits for
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A packet with what the ring says of it; `gso_size` bytes a segment, 0 for one that is no larger than the MTU."""
+
+    data: bytes
+    csum: int = CSUM_NONE
+    gso_size: int = 0
+    gso_type: int = 0
+
+
+class Netfront(Frontend):
+    """A vif seen from the guest. See the module's text; connect() first."""
+
+    kind = "vif"
+    noun = "vif"
+
+    def __init__(
+        self,
+        platform: Platform,
+        devid: int,
+        *,
+        queues: int | None = 1,
+        wishes: keys.Wishes | None = None,
+        trusted: bool = True,
+        watches: Watches | None = None,
+    ) -> None:
+        """`queues` is bounded by what the backend offers; None: one a CPU. `wishes` say what is taken from a backend.
+
+        `trusted=False`, or the key `trusted` = 0: pages that are granted hold nothing but packets.
+        """
+        if queues is not None and queues < 1:
+            raise ConfigError(f"{queues} queues: there is at least one")
+        super().__init__(platform, devid, str(devid), watches)
+        self.mac = b""
+        self.offer = keys.Offer()
+        self.queues: list[Queue] = []
+        self._wishes = wishes or keys.Wishes()
+        self._want_queues = queues
+        self._trusted = trusted
+        self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
+        self._frames = np.zeros((2, _BATCH), FRAME)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Packets
+
+    def send(self, frame: Any, *, csum: int = CSUM_NONE, gso_size: int = 0, gso_type: int = 0,
+             timeout: float | None = None, queue: int = 0) -> None:  # fmt: skip
+        """Send one frame of 14 to 65535 bytes, by one of the queues. Waits for room; TimeoutError after `timeout` s.
+
+        OSError(EIO) if the interface has failed, OSError(EMSGSIZE) if the backend takes nothing so large.
+        """
+        self.send_all([Frame(bytes(frame), csum, gso_size, gso_type)], timeout=timeout, queue=queue)
+
+    def send_all(self, frames: Sequence[Frame], *, timeout: float | None = None, queue: int = 0) -> None:
+        """Send frames in order; see send()."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        done = 0
+        while done < len(frames):
+            q = self._queue(queue)
+            with q.tx_lock:
+                batch = frames[done : done + _BATCH]
+                for i, frame in enumerate(batch):
+                    if len(frame.data) > (MOST_BYTES if q.record[0]["sg"] else 4096):
+                        raise OSError(errno.EMSGSIZE, f"vif {self.name}: a frame of {len(frame.data)} bytes")
+                    self._buffers[0, i, : len(frame.data)] = np.frombuffer(frame.data, np.uint8)
+                    self._frames[0, i] = (len(frame.data), frame.csum, frame.gso_size, frame.gso_type)
+                sent = -1 if not q.active else self._do(q, kernels.send_all, 0, len(batch))
+                if 0 <= sent < len(batch) and kernels.arm(q.at, TX) > 0:
+                    continue
+            if sent < 0:
+                self._failed(q)
+                continue
+            done += sent
+            if done < len(frames) and sent < len(batch):
+                self._sleep(q, deadline, f"vif {self.name}: no room on its ring")
+
+    def _do(self, q: Queue, kernel: Any, which: int, count: int) -> int:
+        return int(kernel(q.at, self._buffers[which].ctypes.data, self._frames[which].ctypes.data, count))
+
+    def receive(self, timeout: float | None = None, *, queue: int = 0) -> bytes:
+        """The next frame of a queue. TimeoutError if none comes within `timeout` seconds."""
+        return self.receive_all(1, timeout, queue=queue)[0].data
+
+    def receive_all(self, most: int = _BATCH, timeout: float | None = None, *, queue: int = 0) -> list[Frame]:
+        """At least one frame and at most `most`, in order. TimeoutError if none comes within `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            q = self._queue(queue)
+            with q.rx_lock:
+                got = -1 if not q.active else self._do(q, kernels.receive_all, 1, min(most, _BATCH))
+                if got > 0:
+                    return [self._frame(i) for i in range(got)]
+                if got == 0 and kernels.arm(q.at, RX) > 0:
+                    continue
+            if got < 0:
+                self._failed(q)
+                continue
+            self._sleep(q, deadline, f"vif {self.name}: no packet came")
+
+    def _frame(self, i: int) -> Frame:
+        size, csum, gso_size, gso_type = map(int, self._frames[1, i])
+        return Frame(self._buffers[1, i, :size].tobytes(), csum, gso_size, gso_type)
+
+    def _queue(self, index: int) -> Queue:
+        if self.failure or not self.queues:
+            raise OSError(errno.EIO, self.failure or f"vif {self.name}: not connected")
+        return self.queues[index % len(self.queues)]
+
+    def _failed(self, q: Queue) -> None:
+        """A kernel would not go on: a violation, or the rings are being changed, for which is waited a moment."""
+        if int(q.record[0]["violation"]):
+            self.violated(q.violation())
+        elif not self.failure:
+            time.sleep(0.005)
+
+    def _sleep(self, q: Queue, deadline: float | None, what: str) -> None:
+        left = _SLICE_MS
+        if deadline is not None:
+            left = min(left, int((deadline - time.monotonic()) * 1000) + 1)
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, what)
+        kernels.wait(q.at, left)
+
+    # What `front` asks of a class
+
+    def _publish(self, new: XenbusState) -> None:
+        self._suspend(0)
+        self._release(0)
+        store = self.platform.store
+        self.mac = keys.read_mac(lambda key: store.read(f"{self.path}/{key}"))
+        self.offer = keys.read_offer(self._read_key)
+        cpus = len(os.sched_getaffinity(0))
+        count = min(self.offer.queues, cpus if self._want_queues is None else self._want_queues)
+        while len(self.queues) < count:
+            self.queues.append(Queue(self.platform, len(self.queues)))
+        for queue in self.queues[count:]:
+            queue.end()
+        del self.queues[count:]
+        rings = [queue.open(self._backend_id, split=self.offer.split and self._wishes.split) for queue in self.queues]
+        wanted = keys.frontend_keys(rings, replace(self._wishes, gso=self._wishes.gso and self._wishes.sg))
+
+        def write(tx: int) -> None:
+            for key in filter(keys.is_negotiated, store.ls(self.path, tx) or []):
+                store.rm(f"{self.path}/{key}", tx)
+            for key, value in wanted.items():
+                store.write(f"{self.path}/{key}", value, tx)
+            # Not Initialised: Linux's netback waits for a frontend that says it is connected, as Linux's does.
+            store.write(f"{self.path}/state", int(XenbusState.Connected), tx)
+
+        store.transaction(write)
+        self._entered(new)
+
+    def _use(self, new: XenbusState) -> None:
+        untrusted = not self._trusted or self.platform.store.read(f"{self.path}/trusted") == b"0"
+        for queue in self.queues:
+            queue.activate(sg=self.offer.sg, untrusted=untrusted)
+        self._connected()
+        self._say(new)  # whoever waits for this expects that it receives
+
+    def _suspend(self, patience: float) -> None:
+        for queue in self.queues:
+            queue.deactivate()
+
+    def _give_back(self) -> None:
+        for queue in self.queues:
+            queue.release()
+
+    def _stop(self, why: str) -> None:
+        for queue in self.queues:
+            queue.deactivate()
+
+    def _end(self) -> None:
+        for queue in self.queues:
+            queue.end()
+
+    # What went on
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the interface was made, of each queue and in sum."""
+        names = ("sent", "received", "bytes_sent", "bytes_received", "tx_errors", "rx_errors", "wakeups")
+        per_queue = [
+            {name: int(queue.record[0][name]) for name in names} | {"stuck_grants": queue.stuck}
+            for queue in self.queues
+        ]
+        totals = {name: sum(q[name] for q in per_queue) for name in (*names, "stuck_grants")}
+        return {"state": self.state.name, **totals, "queues": per_queue}
+
+
+def warm() -> None:
+    """Compile all that an interface needs. Twice costs nothing."""
+    for name, arguments in kernels.ARGUMENTS.items():
+        compile_for(getattr(kernels, name), arguments)

@@ -1,0 +1,146 @@
+"""An embedded Xen with a daemon that serves vifs, and guests with a netfront each."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvdrivers import sim
+from pvdrivers.cli.stats import snapshot
+from pvdrivers.frontends.netfront import Netfront, warm
+from pvdrivers.sim import toolstack
+
+COMMAND = [sys.executable, "-m", "pvdrivers"]
+
+
+class Daemon:
+    """`pvdrivers serve --class vif`."""
+
+    def __init__(self, run_dir: Path, log: Path) -> None:
+        self.run_dir = run_dir
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.popen = subprocess.Popen(
+                [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", "1"],
+                stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        assert self.popen.stdout is not None
+        assert self.popen.stdout.readline().startswith("ready"), self.log.read_text()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self._ended()
+
+    def _ended(self) -> int:
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+        return self.popen.wait(20)
+
+    def stop(self) -> None:
+        self.popen.terminate()
+        assert self._ended() == 0, self.log.read_text()
+
+
+class Net:
+    """What tests ask for: guests, and what the daemon counts."""
+
+    def __init__(self, dom0: Any, run_dir: Path, daemon: Daemon) -> None:
+        self.dom0, self.run_dir, self.daemon = dom0, run_dir, daemon
+        self.guests: list[Guest] = []
+        self._macs = itertools.count(1)
+
+    def guest(
+        self, bridge: str = "switch:", *, mac: bytes | None = None, connect: bool = True, **options: Any
+    ) -> Guest:
+        guest = Guest(self, bridge, mac or b"\0\x16\x3e\0\0" + bytes([next(self._macs)]), **options)
+        self.guests.append(guest)
+        if connect:
+            guest.vif.connect(20)
+        return guest
+
+    def end(self) -> None:
+        for guest in self.guests:
+            guest.end()
+
+
+class Guest:
+    """A domain with one vif."""
+
+    def __init__(self, net: Net, bridge: str, mac: bytes, *, be: dict[str, Any] | None = None, **options: Any) -> None:
+        self.net, self.mac = net, mac
+        self.domain = toolstack.create_domain(net.dom0, memory_mib=16)
+        self.platform = sim.open(net.run_dir, self.domain.domid, self.domain.token)
+        text = mac.hex(":")
+        self.backend = toolstack.attach(
+            net.dom0.store, "vif", self.domain.domid, 0,
+            be={"mac": text, "handle": 0, "bridge": bridge, **(be or {})}, fe={"mac": text, "handle": 0},
+        )  # fmt: skip
+        self.name = f"vif-{self.domain.domid}-0"
+        self.vif = Netfront(self.platform, 0, **options)
+
+    def frame(self, to: Guest | bytes, payload: bytes = b"", kind: int = 0x88B5) -> bytes:
+        """A frame of an experimental Ethernet type, so that nobody looks into it."""
+        dst = to if isinstance(to, bytes) else to.mac
+        return dst + self.mac + kind.to_bytes(2, "big") + payload
+
+    def counted(self, kind: str) -> int:
+        """A counter of the daemon's, of all queues."""
+        found = [d for d in snapshot(self.net.run_dir) if d["device"] == self.name]
+        return sum(q["requests"][kind] for d in found for q in d["queues"])
+
+    def said(self) -> str:
+        """What the backend has to say of this vif."""
+        return (
+            self.net.dom0.store.read(f"/local/domain/0/error/backend/vif/{self.domain.domid}/0/error") or b""
+        ).decode()
+
+    def end(self) -> None:
+        self.vif.close()
+        self.platform.close()
+        toolstack.clean(self.net.dom0.store, self.domain.domid, self.domain.uuid)
+
+
+def until(reached: Callable[[], Any], timeout: float = 10.0) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout
+    while not reached():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def xen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("xen")
+    warm()
+    with subprocess.Popen([*COMMAND, "sim", "--run-dir", str(path)], stdout=subprocess.PIPE, text=True) as popen:
+        assert popen.stdout is not None
+        assert popen.stdout.readline().startswith("ready")
+        yield path
+        popen.terminate()
+        assert popen.wait(20) == 0
+
+
+@pytest.fixture(scope="session")
+def daemon(xen: Path) -> Iterator[Daemon]:
+    daemon = Daemon(xen, xen / "serve.log")
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def net(xen: Path, daemon: Daemon) -> Iterator[Net]:
+    dom0 = sim.open(xen)
+    net = Net(dom0, xen, daemon)
+    yield net
+    net.end()
+    dom0.close()

@@ -1,0 +1,91 @@
+"""The table of a switch: what it may forget, and what it must not say."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netback.records import MAX_LEARNED, PORT, SWITCH, TABLE_BITS, TABLE_ENTRY
+from netback.table import AGE_NS, learn, lookup
+
+PORTS = 4
+
+
+class Table:
+    def __init__(self) -> None:
+        self.switch, self.ports = np.zeros(1, SWITCH), np.zeros(PORTS, PORT)
+        self.entries = np.zeros(1 << TABLE_BITS, TABLE_ENTRY)
+        self.switch[0]["table"], self.switch[0]["top"] = self.entries.ctypes.data, PORTS
+        self.epochs = 0
+        for i in range(PORTS):
+            self.join(i)
+
+    def join(self, i: int) -> None:
+        self.epochs += 1
+        self.ports[i] = np.zeros((), PORT)
+        self.ports[i]["index"], self.ports[i]["epoch"] = i, self.epochs
+        self.switch[0]["ports"][i] = self.address(i)
+
+    def leave(self, i: int) -> None:
+        self.switch[0]["ports"][i] = 0
+
+    def address(self, i: int) -> int:
+        return int(self.ports.ctypes.data) + i * PORT.itemsize
+
+    def learn(self, i: int, mac: int, now: int, fixed: int = 0) -> bool:
+        return bool(learn(self.switch.ctypes.data, self.address(i), mac, now, fixed))
+
+    def lookup(self, mac: int, now: int) -> int:
+        return int(lookup(self.switch.ctypes.data, mac, now))
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["learn", "learn", "learn", "fix", "rejoin", "wait"]),
+        st.integers(0, PORTS - 1),
+        st.integers(1, 12),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS)
+def test_against_a_dictionary(steps: list[tuple[str, int, int]]) -> None:
+    """Few addresses, so that none is pushed out."""
+    table, now = Table(), 0
+    known: dict[int, tuple[int, int, bool]] = {}  # address -> port, when, fixed
+    for what, port, mac in steps:
+        if what == "wait":
+            now += AGE_NS // 3
+        elif what == "rejoin":
+            table.leave(port)
+            table.join(port)
+            known = {m: k for m, k in known.items() if k[0] != port}
+        else:
+            before = known.get(mac)
+            taken = before is not None and before[2] and before[0] != port
+            assert table.learn(port, mac, now, int(what == "fix")) == (not taken)
+            if not taken:
+                fixed = what == "fix" or (before is not None and before[2])
+                known[mac] = (port, now, fixed)
+        known = {m: k for m, k in known.items() if k[2] or now - k[1] < AGE_NS}
+        for m in range(1, 13):
+            assert table.lookup(m, now) == (known[m][0] if m in known else -1)
+
+
+def test_who_floods_the_table_pushes_out_his_own() -> None:
+    table = Table()
+    macs = [0x1234_0000_0000 | k * 0x10001 for k in range(200)]
+    for mac in macs:
+        table.learn(0, mac, 1)
+    table.learn(1, 0xABCDEF, 1, 1)
+    there = [mac for mac in macs if table.lookup(mac, 2) == 0]
+    assert len(there) == 200
+    for k in range(20_000):
+        table.learn(2, (k * 0x9E3779B97F4A7C15) & 0xFFFF_FFFF_FFFE, 2)
+    assert int(table.ports[2]["learned"]) <= MAX_LEARNED
+    lost = [mac for mac in there if table.lookup(mac, 3) != 0]
+    assert len(lost) <= 4  # before it had many, it took what was oldest
+    assert table.lookup(0xABCDEF, 3) == 1
+    assert sum(int(port["learned"]) for port in table.ports) == int((table.entries["epoch"] != 0).sum())
