@@ -1,7 +1,6 @@
 """A frame's headers -> what a switch wants to know of it. Pure: looks at PACKET.data only, total over arbitrary bytes.
 
-Ethernet with up to two tags, IPv4 and IPv6 with their extension headers, TCP and UDP. What stands beyond the private
-bytes is not looked for: a frame whose headers are longer than HEAD is sent on like any other, but is no TCP to us.
+A frame whose headers are longer than HEAD is sent on like any other, but is no TCP to us.
 """
 
 from __future__ import annotations
@@ -9,25 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from rings.atomics import i64, load8, load16, load32, store16
+from rings.frame import checksum_at, headers, ip_at, l4_at, version_of
 from rings.jit import inline, kernel
 
 from .records import CSUM_VALID, packet_at
-
-_ETHERNET, _TAG = 14, 4
-_IPV4, _IPV6, _VLAN, _QINQ = 0x0800, 0x86DD, 0x8100, 0x88A8
-_TCP, _UDP = 6, 17
-_HOP_BY_HOP, _ROUTING, _OPTIONS = 0, 43, 60
-_MOST_EXTENSIONS = 6
 
 
 @inline
 def _byte(at: int) -> int:
     return i64(load8(at))
-
-
-@inline
-def _be16(at: int) -> int:
-    return i64(load8(at)) << 8 | i64(load8(at + 1))
 
 
 @inline
@@ -45,70 +34,27 @@ def mix(hash: int, value: int) -> int:
 
 
 @kernel
-def _transport(pa: int, protocol: int, at: int) -> None:
-    """TCP or UDP from byte `at` on, if all of its header is there."""
-    packet = packet_at(pa)
-    if protocol == _TCP and at + 20 <= packet["have"]:
-        packet["l4"], packet["csum_at"] = at, at + 16
-    elif protocol == _UDP and at + 8 <= packet["have"]:
-        packet["l4"], packet["csum_at"] = at, at + 6
-    if packet["l4"] != 0:
-        packet["hash"] = mix(packet["hash"], i64(load32(packet["data"] + at)))
-
-
-@kernel
-def _ipv4(pa: int, at: int) -> None:
-    packet = packet_at(pa)
-    ip = packet["data"] + at
-    length = (_byte(ip) & 15) * 4
-    if _byte(ip) >> 4 != 4 or length < 20 or at + length > packet["have"]:
-        return
-    packet["l3"] = 4
-    packet["hash"] = mix(mix(i64(4), i64(load32(ip + 12))), i64(load32(ip + 16)))
-    if _be16(ip + 6) & 0x3FFF == 0:  # neither a fragment nor the first of some
-        _transport(pa, _byte(ip + 9), at + length)
-
-
-@kernel
-def _ipv6(pa: int, at: int) -> None:
-    packet = packet_at(pa)
-    ip = packet["data"] + at
-    if _byte(ip) >> 4 != 6:
-        return
-    packet["l3"] = 6
-    hash = i64(6)
-    for k in range(8):
-        hash = mix(hash, i64(load32(ip + 8 + k * 4)))
-    packet["hash"] = hash
-    following = _byte(ip + 6)
-    at += 40
-    for _ in range(_MOST_EXTENSIONS):
-        if following != _HOP_BY_HOP and following != _ROUTING and following != _OPTIONS:
-            break
-        if at + 8 > packet["have"]:
-            return
-        following, at = _byte(packet["data"] + at), at + (_byte(packet["data"] + at + 1) + 1) * 8
-    _transport(pa, following, at)
+def _flow(data: int, found: int) -> int:
+    """A hash of who talks to whom: of addresses and ports, as far as these are known."""
+    version, ip = version_of(found), data + ip_at(found)
+    if version == 0:
+        return mix(mix(i64(load32(data)), i64(load32(data + 4))), i64(load32(data + 8)))
+    at, words = (ip + 12, 2) if version == 4 else (ip + 8, 8)
+    hash = version
+    for k in range(words):
+        hash = mix(hash, i64(load32(at + k * 4)))
+    return mix(hash, i64(load32(data + l4_at(found)))) if l4_at(found) != 0 else hash
 
 
 @kernel
 def parse(pa: int) -> None:
     """Fill in src, dst, l3, l4, csum_at and hash from the `have` >= 14 private bytes of a packet."""
     packet = packet_at(pa)
-    data, have = packet["data"], packet["have"]
+    data = packet["data"]
+    found = headers(data, packet["have"])
     packet["dst"], packet["src"] = mac_at(data), mac_at(data + 6)
-    packet["l3"], packet["l4"], packet["csum_at"] = 0, 0, 0
-    packet["hash"] = mix(mix(i64(load32(data)), i64(load32(data + 4))), i64(load32(data + 8)))
-    at = i64(_ETHERNET)
-    for _ in range(2):
-        kind = _be16(data + at - 2)
-        if (kind == _VLAN or kind == _QINQ) and at + _TAG <= have:
-            at += _TAG
-    kind = _be16(data + at - 2)
-    if kind == _IPV4 and at + 20 <= have:
-        _ipv4(pa, at)
-    elif kind == _IPV6 and at + 40 <= have:
-        _ipv6(pa, at)
+    packet["l3"], packet["l4"], packet["csum_at"] = version_of(found), l4_at(found), checksum_at(found)
+    packet["hash"] = _flow(data, found)
 
 
 @kernel

@@ -166,6 +166,20 @@ class Queue:
         if not self._ended:
             os.eventfd_write(self._wake, 1)
 
+    def watch(self, fd: int) -> None:
+        """Wait for this descriptor as well, from now on."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def interrupt(self) -> None:
+        """Have whoever is in a kernel on this queue come out, and nobody stay in one, until go_on()."""
+        self.record[0]["stop"] = 1
+        self.wake()
+
+    def go_on(self) -> None:
+        """The end of interrupt()."""
+        with self.tx_lock, self.rx_lock:
+            self.record[0]["stop"] = 0 if self.active else 1
+
     def violation(self) -> str:
         """What the backend did, in words."""
         q = self.record[0]
