@@ -99,13 +99,22 @@ def _serve(verbs: Verbs) -> None:
 
 
 def _guest(verbs: Verbs) -> None:
-    verb = new_verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront")
+    verb = new_verb(verbs, "guest", "act as the toolstack, then be a guest with blkfront and netfront")
     run_dir_option(verb)
+    verb.add_argument(
+        "--net",
+        dest="nets",
+        action="append",
+        default=[],
+        metavar="BRIDGE[,KEY=VALUE...]",
+        help="attach a vif: switch:NAME or null:, and mac=, mtu=, queues=; with tap=NAME there is a TAP behind it,"
+        " in the network namespace that this runs in; may be repeated",
+    )
     verb.add_argument(
         "--disk",
         dest="disks",
         action="append",
-        required=True,
+        default=[],
         metavar="URI[,KEY=VALUE...]",
         help="attach a disk: a path, null:, memory:, nbd+unix://, nbd://; may be repeated",
     )

@@ -1,4 +1,4 @@
-"""``pvdrivers guest``: act as the toolstack, then be the guest with blkfront, and export its disks by NBD if asked."""
+"""``pvdrivers guest``: act as the toolstack, then be the guest: blkfront, its disks by NBD if asked, and netfront."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from typing import Any, Self
 
 from pvdrivers import sim
 from pvdrivers.errors import ConfigError, PlatformError, PvError
+from pvdrivers.frontends import netfront_tap
 from pvdrivers.frontends.blkfront import Blkfront, Io, warm
+from pvdrivers.frontends.netfront import Netfront
 from pvdrivers.frontends.watches import Watches
 from pvdrivers.nbd.server import NbdServer
 from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from pvdrivers.storage.uri import DiskSpec, parse_disk
 from rings.vdev import vdev_name, vdev_number
+
+from .guest_net import NetSpec, describe_net, new_mac, parse_net
 
 _CONNECT = 30.0  # seconds; a backend may have to open an image on a slow disk
 _SECOND_TRY = 1.5  # seconds that a backend which reports an error may still come round
@@ -31,7 +35,13 @@ _LOOK = 1.0  # seconds between looks at disks that may have failed
 def run(args: argparse.Namespace) -> int:
     """Until SIGINT or SIGTERM; then everything is taken down in order."""
     specs = [parse_disk(text) for text in args.disks]
-    warm(load=False)  # here, and not while somebody waits for a disk
+    nets = [parse_net(text) for text in args.nets]
+    if not specs and not nets:
+        raise ConfigError("a guest of nothing: name a disk with --disk, or a vif with --net")
+    if specs:
+        warm(load=False)  # here, and not while somebody waits for a disk
+    if nets:
+        netfront_tap.warm()
     indirect: bool | int = True if args.indirect is None else args.indirect
     with Guest(args.run_dir, memory_mib=args.memory) as guest:
         for spec in specs:
@@ -45,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
                 trusted=not args.untrusted_backend,
             )
             print(describe(disk), flush=True)
+        for net in nets:
+            print(describe_net(guest.attach_net(net), net), flush=True)
         server = None
         if args.nbd is not None:
             server = NbdServer(args.nbd, {disk.name: Export(disk) for disk in guest.disks})
@@ -64,7 +76,7 @@ def _stay(guest: Guest) -> None:
     told: set[str] = set()
     while True:
         threading.Event().wait(_LOOK)
-        for disk in guest.disks:
+        for disk in (*guest.disks, *guest.vifs):
             if disk.failure and disk.name not in told:
                 told.add(disk.name)
                 print(f"pvdrivers: {disk.name}: {disk.failure}", file=sys.stderr, flush=True)
@@ -99,6 +111,8 @@ class Guest:
                 f" and backends with `pvdrivers serve --run-dir {run_dir}`"
             )
         self.disks: list[Blkfront] = []
+        self.vifs: list[Netfront] = []
+        self._taps: list[netfront_tap.Tap] = []
         self._backends: list[str] = []
         self._toolstack = sim.open(run_dir)
         try:
@@ -142,7 +156,23 @@ class Guest:
         self._connect(disk, backend)
         return disk
 
-    def _connect(self, disk: Blkfront, backend: str) -> None:
+    def attach_net(self, spec: NetSpec) -> Netfront:
+        """Attach a vif, wait for its backend, connect, and make its TAP if it is to have one. Raises PvError."""
+        devid = len(self.vifs)
+        mac = spec.mac or new_mac()
+        keys: dict[str, str | int | bytes] = {"mac": mac, "handle": devid, "mtu": spec.mtu}
+        backend = toolstack.attach(
+            self._toolstack.store, "vif", self.domid, devid, be={**keys, "bridge": spec.bridge}, fe=keys
+        )
+        self._backends.append(backend)
+        vif = Netfront(self._platform, devid, queues=spec.queues, watches=self._watches)
+        self.vifs.append(vif)
+        self._connect(vif, backend)
+        if spec.tap:
+            self._taps.append(netfront_tap.Tap(vif, spec.tap, mtu=spec.mtu))
+        return vif
+
+    def _connect(self, disk: Blkfront | Netfront, backend: str) -> None:
         """Wait for the backend, but not for one that says why it will not come."""
         deadline = time.monotonic() + _CONNECT
         patience = None
@@ -157,7 +187,7 @@ class Guest:
             disk.connect(0)
         except PvError as error:
             said = self._backend_error(backend)
-            raise PvError(f"disk {disk.name}: {said}" if said else str(error)) from error
+            raise PvError(f"{disk.noun} {disk.name}: {said}" if said else str(error)) from error
 
     def _next_name(self) -> str:
         taken = {disk.name for disk in self.disks}
@@ -174,8 +204,10 @@ class Guest:
         """Close the disks, detach them, destroy the domain. Signals have to wait meanwhile."""
         before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
         try:
-            for disk in self.disks:
-                disk.close()
+            for tap in self._taps:
+                tap.close()
+            for device in (*self.disks, *self.vifs):
+                device.close()
             for backend in self._backends:
                 if not toolstack.detach(self._toolstack.store, backend, timeout=_DETACH, force=True):
                     print(f"pvdrivers: {backend}: the backend did not let go of it", file=sys.stderr)

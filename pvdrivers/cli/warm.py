@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 _SERVED = ("pvdrivers.sim.joined", "pvdrivers.xen.joined")
 """Whose import compiles what `serve` calls, beside the device classes."""
-_MORE = ("pvdrivers.frontends.blkfront", "pvdrivers.frontends.netfront")
+_MORE = ("pvdrivers.frontends.blkfront", "pvdrivers.frontends.netfront_tap")
 """What has a warm() of its own, and is not served."""
 
 

@@ -7,6 +7,8 @@
     blkfront_io        operations, and their cutting into requests
     blkfront_queue     one ring with its event channel, its grants and the thread that waits for it
     blkfront_kernels   the compiled request and response path (blkfront_records: what it works on)
+    netfront           Netfront: a vif, with the same rooms: netfront_keys, _queue, _kernels, _records
+    netfront_tap       a TAP of the guest's kernel behind a vif (netfront_tap_kernels: its loop)
     load               a load generator with no Python per request (load_kernels: its loop)
     memory             pages of the guest that a backend may be given
     watches            one thread that shares out a store connection's events

@@ -116,13 +116,26 @@ def test_serve_options() -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
+        ("guest", "name a disk with --disk, or a vif with --net"),
+        ("guest --net switch:,tap=", "tap='' is no name of an interface"),
+        ("guest --net switch:,mtu=0", "mtu='0' is no number from 1"),
+        ("guest --net switch:,speed=9", "'speed' is not one of mac, mtu, queues, tap"),
+    ],
+)
+def test_a_guest_that_makes_no_sense(line: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 1
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
         ("serve --domain 32752", "'32752' is not a domain id (0 to 32751)"),
         ("serve --domain -1", "'-1'"),
         ("serve --workers 0", "'0' is not a whole number of at least 1"),
         ("serve --spin 1.5", "'1.5' is not a whole number of at least 0"),
         ("serve --spin \u0663", "is not a whole number"),  # an Arabic digit is a digit to str.isdigit
         ("serve --journ", "unrecognized arguments: --journ"),
-        ("guest", "the following arguments are required: --disk"),
         ("guest --disk null: --nbd /tmp/x", "'/tmp/x' is not unix:PATH"),
         ("guest --disk null: --nbd unix:", "'unix:' is not unix:PATH"),
         ("guest --disk null: --persistent maybe", "'maybe' is neither on nor off"),
