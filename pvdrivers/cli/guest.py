@@ -44,27 +44,27 @@ def run(args: argparse.Namespace) -> int:
         netfront_tap.warm()
     indirect: bool | int = True if args.indirect is None else args.indirect
     with Guest(args.run_dir, memory_mib=args.memory) as guest:
-        for spec in specs:
-            disk = guest.attach(
-                spec,
-                queues=args.queues,
-                ring_order=args.ring_order,
-                abi=args.abi,
-                persistent=args.persistent,
-                indirect=indirect,
-                trusted=not args.untrusted_backend,
-            )
-            print(describe(disk), flush=True)
-        for net in nets:
-            print(describe_net(guest.attach_net(net), net), flush=True)
         server = None
-        if args.nbd is not None:
-            server = NbdServer(args.nbd, {disk.name: Export(disk) for disk in guest.disks})
-            print(f"nbd: unix:{args.nbd}", flush=True)
         try:
+            for spec in specs:
+                disk = guest.attach(
+                    spec,
+                    queues=args.queues,
+                    ring_order=args.ring_order,
+                    abi=args.abi,
+                    persistent=args.persistent,
+                    indirect=indirect,
+                    trusted=not args.untrusted_backend,
+                )
+                print(describe(disk), flush=True)
+            for net in nets:
+                print(describe_net(guest.attach_net(net), net), flush=True)
+            if args.nbd is not None:
+                server = NbdServer(args.nbd, {disk.name: Export(disk) for disk in guest.disks})
+                print(f"nbd: unix:{args.nbd}", flush=True)
             _stay(guest)
         except KeyboardInterrupt:
-            pass  # as good a way to end this as SIGTERM
+            pass  # as good a way to end this as SIGTERM, and whoever reads a line may send it right then
         finally:
             if server is not None:
                 server.close()
