@@ -50,7 +50,7 @@ test-xen-quick: setup ## two minutes of test-xen, when its images are there
 	@$(BIN)/python -m tests.xen.bed run --seconds 900 -- -v tests/xen -m xen_quick $(ARGS)
 
 test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12)
-	@$(BIN)/python -m tests.xen.bed run --seconds 1800 --machines 2 -- -v tests/xen tests/platform -k xen $(ARGS)
+	@$(BIN)/python -m tests.xen.bed run --seconds 1800 -- -v tests/xen tests/platform -k xen $(ARGS)
 
 bench-xen: setup ## there: hypercalls and system calls a request, counted, beside xen-blkback and qdisk (ARGS=--quick)
 	@$(BIN)/python -m tests.xen.bed sh --seconds 1800 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"

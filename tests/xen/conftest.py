@@ -10,35 +10,7 @@ from pathlib import Path
 import pytest
 
 ON_XEN = os.path.exists("/dev/xen/gntdev") and os.path.isdir("/bed/guests")
-PART = os.environ.get("PVDRIVERS_XEN_PART", "1/1")
-SECONDS = {
-    "test_attach.py": 120,
-    "test_disks.py": 200,
-    "test_driver_domain.py": 150,
-    "test_handshakes.py": 150,
-    "test_kills.py": 250,
-    "test_lives.py": 120,
-    "test_troubles.py": 150,
-    "test_upgrade.py": 120,
-}
-"""Of a file, about: what the machines of a run at once divide among themselves."""
 collect_ignore_glob = [] if ON_XEN else ["test_*.py"]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests that are this machine's: whole files, the longest first, each to who has least."""
-    number, machines = map(int, PART.split("/"))
-    loads = [0] * machines
-    whose = {}
-    for name in sorted({item.path.name for item in items}, key=lambda name: (-SECONDS.get(name, 60), name)):
-        least = loads.index(min(loads))
-        whose[name] = least + 1
-        loads[least] += SECONDS.get(name, 60)
-    others = [item for item in items if whose[item.path.name] != number]
-    if others:
-        items[:] = [item for item in items if whose[item.path.name] == number]
-        config.hook.pytest_deselected(items=others)
-
 
 if ON_XEN:
     from .guests import Guest

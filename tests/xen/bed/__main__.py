@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import subprocess
 import sys
-import threading
-from typing import IO
 
-from .boot import PART, Machine, boot, pytest_script
+from .boot import Machine, boot, pytest_script
 from .debian import install_missing
 from .images import build
 from .steps import BedError
-
-
-def run_parts(machines: int) -> int:
-    """The same command for several machines at once, each with its part of the tests; the worst status."""
-    command = [sys.executable, "-m", "tests.xen.bed", *sys.argv[1:]]
-    parts = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, PART: f"{number}/{machines}"})
-        for number in range(1, machines + 1)
-    ]
-
-    def show(number: int, lines: IO[bytes]) -> None:
-        for line in lines:
-            sys.stdout.write(f"{number}| {line.decode(errors='replace')}")
-            sys.stdout.flush()
-
-    try:
-        threads = [threading.Thread(target=show, args=(n, one.stdout)) for n, one in enumerate(parts, 1)]
-        for thread in threads:
-            thread.start()
-        return max(one.wait() for one in parts)
-    finally:
-        for one in parts:
-            if one.poll() is None:
-                one.terminate()
-        for thread in threads:
-            thread.join()
 
 
 def main() -> int:
@@ -50,8 +20,6 @@ def main() -> int:
     for verb, what in (("run", "pytest words"), ("sh", "script")):
         one = verbs.add_parser(verb, help=f"boot, and run {what} in dom0")
         one.add_argument("--seconds", type=float, default=900, help="end of patience (900)")
-        if verb == "run":
-            one.add_argument("--machines", type=int, default=1, help="at once, each with a part of the tests (1)")
         one.add_argument("--cpus", type=int, default=Machine.cpus)
         one.add_argument("--memory", type=int, default=Machine.memory, help="MiB of the whole machine")
         one.add_argument("--xenstored", choices=["c", "o"], default="c", help="the C one, or oxenstored")
@@ -67,8 +35,6 @@ def main() -> int:
         images = build()
         if args.verb == "build":
             return 0
-        if args.verb == "run" and args.machines > 1 and PART not in os.environ:
-            return run_parts(args.machines)
         script = " ".join(words) if args.verb == "sh" else pytest_script(words or ["tests/xen"])
         machine = Machine(args.cpus, args.memory, xenstored=args.xenstored, xen_words=args.xen, dom0_words=args.dom0)
         return boot(images, machine, script, args.seconds)

@@ -19,8 +19,6 @@ from .images import Images
 from .steps import BedError, cache, say
 
 KEPT = 20  # directories of results
-PART = "PVDRIVERS_XEN_PART"
-"""Which of how many machines this is, "2/3": tests/xen/conftest.py divides the tests."""
 
 
 @dataclass
@@ -141,7 +139,7 @@ class Console:
 
 def pytest_script(words: list[str]) -> str:
     """The script that runs pytest on the project in dom0."""
-    names = [name for name in ("CI", "PVDRIVERS_XEN_KILLS", PART) if name in os.environ]
+    names = [name for name in ("CI", "PVDRIVERS_XEN_KILLS") if name in os.environ]
     passed = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
     return (
         f"{passed}python -m pytest -p no:cacheprovider --color=no --durations=12 --durations-min=3"
