@@ -50,8 +50,7 @@ class Nodes:
         self._control = control
         self._errors = 0  # that were for the log
         self._published: set[str] = set()
-        self._seen = False  # our directory was there
-        self._lost = False  # ... and was not removed, but xenstored has forgotten everything
+        self._lost = False  # our directory was not removed, but xenstored has forgotten everything
 
     def read(self, *, whose: bool = False) -> tuple[XenbusState, XenbusState | BadState, bool]:
         """Our state, the frontend's, and whether the device is to stay.
@@ -73,10 +72,8 @@ class Nodes:
         # Linux takes a missing `online` for 0; then a device that somebody attached by hand could never
         # reconnect.
         online = (store.read(ident.backend_path + "/online") or b"1").strip(b" \n\0") != b"0"
-        if raw is not None:
-            self._seen = True
-        elif self._seen:
-            online = False  # our directory was removed
+        if raw is None:
+            online = False  # our directory was removed: it was there when we were made
         if theirs is XenbusState.Unknown and online:
             online = self.domain_exists()
         return ours, theirs, online
@@ -88,7 +85,7 @@ class Nodes:
         removed by nobody: the guest runs, and so does its disk.
         """
         path = self.ident.backend_path + "/state"
-        self._lost = self._seen and self._control.store.read(path) is None and not self.domain_exists()
+        self._lost = self._control.store.read(path) is None and not self.domain_exists()
         return self._lost
 
     @property

@@ -229,7 +229,8 @@ def _upgrade(verbs: Verbs) -> None:
 
 
 def _warm(verbs: Verbs) -> None:
-    new_verb(verbs, "warm", "compile all kernels now, so that nothing is compiled later")
+    verb = new_verb(verbs, "warm", "compile all kernels now, so that nothing is compiled later")
+    verb.add_argument("--unless-under-way", action="store_true", help="leave it to another process that does it now")
 
 
 def _check(verbs: Verbs) -> None:

@@ -109,7 +109,7 @@ def _image(args: argparse.Namespace) -> bool:
 
 def _make_image() -> Callable[[], None]:
     """Have an image made for the next start, by a process that gives way to all others. Returns what ends it."""
-    command = [sys.executable, "-m", "pvdrivers", "warm"]
+    command = [sys.executable, "-m", "pvdrivers", "warm", "--unless-under-way"]
     try:
         maker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     except OSError as e:

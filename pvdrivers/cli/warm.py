@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 _SERVED = ("pvdrivers.sim.joined", "pvdrivers.xen.joined")
@@ -13,8 +16,27 @@ _MORE = ("pvdrivers.frontends.blkfront", "pvdrivers.frontends.netfront_tap")
 """What has a warm() of its own, and is not served."""
 
 
+@contextmanager
+def _alone(wait: bool) -> Iterator[bool]:
+    """Nobody else fills this cache meanwhile; False if somebody does and is not waited for."""
+    from rings.cache import cache_dir
+
+    with open(cache_dir() / "warm.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def run(args: argparse.Namespace) -> int:
     """Compile, make an image of what `serve` needs, and say how long it took and where all that is."""
+    with _alone(not args.unless_under_way) as alone:
+        return _warm() if alone else 0
+
+
+def _warm() -> int:
     began = time.monotonic()
     from pvdrivers import classes
     from rings.jit import JIT, cache_dir

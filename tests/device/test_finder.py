@@ -224,3 +224,19 @@ def test_a_driver_domain_removes_what_is_closed(yard: Yard, monkeypatch: pytest.
     dd.attach(51712)
     time.sleep(0.5)
     assert dd.state() == S.InitWait
+
+
+def test_a_directory_that_goes_as_it_is_found(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toolstack takes it away between the finder's look and the device's own: nothing of it stays with us."""
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    take = daemon.host.claims.take
+
+    def takes(ident: Any) -> None:
+        yard.dom0.rm(guest.back)
+        take(ident)
+
+    monkeypatch.setattr(daemon.host.claims, "take", takes)
+    guest.attach()
+    until(lambda: "vbd-5-51712" in daemon.disks)
+    until(lambda: not daemon.host.lives)

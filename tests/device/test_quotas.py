@@ -32,7 +32,7 @@ def test_no_watch_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypa
     until(lambda: all(life.connected for life in daemon.host.lives.values()))
     yard.served.call(lambda: setattr(yard.served.server.quotas, "watches", 128))
     until(lambda: not daemon.host.finder.unwatched)
-    assert not any("unwatched" in row["troubles"] for row in daemon.host.stats().values())
+    until(lambda: not any("unwatched" in row["troubles"] for row in daemon.host.stats().values()))
     assert caplog.text.count("no watch is left") == 1
 
 
@@ -54,7 +54,7 @@ def test_no_watch_is_left_on_the_kernels_device(
     until(lambda: all(life.connected for life in daemon.host.lives.values()))
     device.watches = 128
     until(lambda: not daemon.host.finder.unwatched)
-    assert not any("unwatched" in row["troubles"] for row in daemon.host.stats().values())
+    until(lambda: not any("unwatched" in row["troubles"] for row in daemon.host.stats().values()))
 
 
 def test_no_node_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -56,6 +57,20 @@ def cache(image: Path, tmp_path: Path) -> Path:
     for path in (tmp_path / "cache", tmp_path / "cache" / DIGEST):
         path.chmod(0o700)
     return tmp_path / "cache"
+
+
+def test_an_image_is_made_once_at_a_time(cache: Path) -> None:
+    """Daemons that die and start again before there is an image do not each leave a compiler running."""
+    command = [sys.executable, "-m", "pvdrivers", "warm", "--unless-under-way"]
+    environment = {**os.environ, "PVDRIVERS_CACHE_DIR": str(cache)}
+    made = cache / DIGEST / "image"
+    made.unlink()
+    with open(cache / DIGEST / "warm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=20)
+        assert (done.returncode, done.stdout) == (0, b"") and not made.exists()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert is_good(made)
 
 
 def disk_image(tmp_path: Path) -> str:
