@@ -34,7 +34,7 @@ from .records import (
     port_at,
     switch_at,
 )
-from .table import learn, lookup
+from .table import find, learn
 
 _PACKET_SIZE = PACKET.itemsize
 
@@ -61,7 +61,7 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
     if packet["dst"] & 1 != 0:
         packet["to"] = TO_ALL
         return
-    index = lookup(swa, packet["dst"], now)
+    index = find(swa, packet["dst"], now)
     packet["to"] = index if index >= 0 else TO_ALL
     if index == port_at(porta)["index"]:
         packet["to"] = TO_NOBODY

@@ -45,7 +45,7 @@ from .records import (
     switch_at,
 )
 from .request import plan
-from .table import learn
+from .table import join
 
 
 @inline
@@ -161,11 +161,8 @@ def step_rx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     ring = ring_at(ra)
     ring["blocked"] = 1
     porta = ring["device"]
-    port = port_at(porta)
-    if abandoned == 0 and port["joined"] == 0:
-        port["joined"] = 1
-        if port["mac"] != 0:
-            learn(port["switch"], porta, port["mac"], worker_at(wa)["now"], 1)
+    if abandoned == 0:
+        join(port_at(porta)["switch"], porta, worker_at(wa)["now"])
     return 0
 
 

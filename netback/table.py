@@ -92,3 +92,27 @@ def learn(swa: int, porta: int, mac: int, now: int, fixed: int) -> bool:
     entry["seen"], entry["fixed"] = now, fixed
     port["learned"] += 1
     return True
+
+
+@kernel
+def join(swa: int, porta: int, now: int) -> None:
+    """A port that is new to the worker: its own address is known from now on."""
+    port = port_at(porta)
+    if port["joined"] == 0:
+        port["joined"] = 1
+        if port["mac"] != 0:
+            learn(swa, porta, port["mac"], now, 1)
+
+
+@kernel
+def find(swa: int, mac: int, now: int) -> int:
+    """As lookup(); and when it is not known, those are asked that the worker has not come round to yet."""
+    index = lookup(swa, mac, now)
+    if index >= 0:
+        return index
+    sw = switch_at(swa)
+    for i in range(sw["top"]):
+        porta = sw["ports"][i]
+        if porta != 0 and port_at(porta)["joined"] == 0:
+            join(swa, porta, now)
+    return lookup(swa, mac, now)
