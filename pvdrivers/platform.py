@@ -32,7 +32,6 @@ GNTST_no_space = -13
 # GRANT_OP.flags
 OP_READONLY = 1  # map: GNTMAP_readonly
 OP_TO_GUEST = 2  # copy: from local memory into the granted page; otherwise out of it
-OP_KEEP = 8  # map: it is to be kept, and unmapped by itself some time
 OP_BETWEEN = 4  # copy: what `address` says is no local memory but a granted page as well, see granted()
 
 GRANT_OP = np.dtype(

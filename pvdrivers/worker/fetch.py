@@ -5,7 +5,6 @@ A ring with persistent grants keeps these pages too, as Linux does: then it take
 
 from __future__ import annotations
 
-from pvdrivers.platform import OP_KEEP
 from rings.atomics import call, copy_bytes, copy_in, i64
 from rings.jit import inline, kernel
 
@@ -42,7 +41,7 @@ def _read_mapped(wa: int, ra: int, n: int, maps: int) -> None:
         op = op_at(w["ops"], k)
         if op["flags"] & _READ == 0:
             mapped = op_at(maps, m)
-            mapped["gref"], mapped["domid"], mapped["flags"] = op["gref"], op["domid"], OP_KEEP
+            mapped["gref"], mapped["domid"], mapped["flags"] = op["gref"], op["domid"], 0
             m += 1
     if m == 0:
         return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvdrivers.platform import OP_KEEP, OP_READONLY, OP_TO_GUEST, GNTST_no_device_space, GNTST_no_space
+from pvdrivers.platform import OP_READONLY, OP_TO_GUEST, GNTST_no_device_space, GNTST_no_space
 from rings.atomics import copy_bytes, i64, records
 from rings.jit import inline, kernel
 
@@ -93,7 +93,7 @@ def _acquire_map(wa: int, n: int) -> None:
             first, count = i64(i), i64(0)
         req["held"] = 1
         persistent = ring["policy"] == POLICY_PERSISTENT
-        flags = OP_KEEP if persistent else 0 if req["to_guest"] != 0 else OP_READONLY
+        flags = 0 if persistent or req["to_guest"] != 0 else OP_READONLY
         for k in range(req["nseg"]):
             gref = i64(segment_at(req["segs"], k)["gref"])
             mine = op_at(req["ops"], k)

@@ -31,7 +31,7 @@ from .devices import (
     UNMAP_NOTIFY_SEND_EVENT,
     open_device,
 )
-from .grant_window import GRANT_CTX, SLOT_MAPPED
+from .grant_seam import GRANT_CTX
 
 WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
@@ -70,7 +70,7 @@ class Context:
 
     def mapped(self) -> int:
         """How many pages are mapped through this context."""
-        return int((self._state == SLOT_MAPPED).sum())
+        return int((self._state == grant_seam.SLOT_MAPPED).sum())
 
     def close(self) -> None:
         """Unmap everything. Harmless a second time."""
