@@ -49,7 +49,7 @@ from .storm import count_event, let_in, longest
 
 _I4 = np.dtype(np.int32)
 INDEX_MASK = 0xFFFFFF
-HOUSEKEEPING_NS = 30_000_000_000
+HOUSEKEEPING_NS = 10_000_000_000  # less than between two rings of the watchdog: what is done then is done at all
 SHARED_EVENTS = INDEX_MASK  # the index that stands for the one event fd of all rings
 
 
