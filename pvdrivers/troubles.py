@@ -71,12 +71,16 @@ class Troubles:
 
     def notice(self, kind: str, text: str) -> None:
         """What the workers say: trouble of this kind, or that it is over. The log hears of the end as well."""
+        count = self.counts.get(kind, 0) + (1 if text else 0)
+        rare = count & (count - 1) == 0  # then ever more rarely: a guest must not be able to fill a disk with our log
         if text:
-            self._told.discard(text)  # each time, as it hears that it was over
+            if rare:
+                self._told.discard(text)
             self.add(kind, text)
         elif kind in self.now:
             self.over(kind)
-            log.info("%s: %s", self._name, _OVER[kind])
+            if rare:
+                log.info("%s: %s", self._name, _OVER[kind])
 
     def went(self, state: XenbusState) -> None:
         """The device is in this state from now on."""

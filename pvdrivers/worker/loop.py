@@ -100,6 +100,8 @@ def _collect_events(wa: int, token: int, n: int) -> None:
             continue
         ra = ring_address(w, index)
         ring = ring_at(ra)
+        if load_acquire64(ra) == RING_DETACHED:
+            continue  # its page and its counters may be gone by now, and its port goes with them
         ring["masked"] = 1
         count_event(wa, ra)
         mark_ready(wa, ra)

@@ -163,9 +163,9 @@ def killed(host: Host, kills: int, capsys: pytest.CaptureFixture[str]) -> None:
             else:
                 how, end = "killed", lambda: host.kill(chance)
                 load.wait_progress()
-            # Every other one is started so that it will die of itself.
+            # Every other one is started so that it will die of itself, when it has been ready for a while.
             step = next(steps) if number % 2 == 0 and number < kills - 1 else 0
-            more = {"PVDRIVERS_TEST_KILL": f"{step}:{chance.randrange(30, 150)}"} if step else {}
+            more = {"PVDRIVERS_TEST_KILL": f"{step}:{chance.randrange(400, 600)}"} if step else {}
             pauses.append(host.restart(load, how, end, **more))
     told(capsys, f"Killed {kills} times", pauses)
     host.check_content()
