@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverable, NotYet, Publish
-from pvdrivers.errors import DeviceBusyError, PvError
+from pvdrivers.errors import DeviceBusyError
 from pvdrivers.journal import Journal
 from pvdrivers.stats import StatsFile
 from pvdrivers.storage.store import Store, open_store
@@ -307,11 +307,7 @@ class BlkBackend(Device):
             undo.append(lambda: state.worker.events.unbind(state.port))
         if state.mapping is not None:
             undo.append(state.mapping.unmap)
-        for step in undo:
-            try:
-                step()
-            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
-                log.warning("%s: while disconnecting: %s", self.ident, e)
+        self.undo(undo)
         state.keep = []
 
     def refresh(self) -> Publish | None:

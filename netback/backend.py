@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
-from pvdrivers.errors import PvError
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
 from pvdrivers.worker.records import V_CLASS
@@ -29,8 +27,6 @@ from .records import (
     PORT_VIF,
 )
 from .switch import Port, Switch, find_switch
-
-log = logging.getLogger(__name__)
 
 OFFERED_QUEUES = 8
 """As many as Linux's netback offers (xenvif_max_queues), at the most."""
@@ -215,11 +211,7 @@ class VifBackend(Device):
         ports = sorted({state.tx_port, state.rx_port} - {-1})
         undo: list[Callable[[], None]] = [partial(state.worker.events.unbind, port) for port in ports]
         undo += [mapping.unmap for mapping in state.mappings]
-        for step in undo:
-            try:
-                step()
-            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
-                log.warning("%s: while disconnecting: %s", self.ident, e)
+        self.undo(undo)
         state.keep = []
 
 

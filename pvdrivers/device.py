@@ -9,9 +9,10 @@ the store, which the toolstack wrote; the guest's directory holds claims, and ev
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -19,6 +20,8 @@ from typing import Any, Protocol, TypeAlias
 from .budget import Budget
 from .errors import ConfigError, GuestError, ProtocolViolation, PvError
 from .platform import Platform, XenStore
+
+log = logging.getLogger(__name__)
 
 Publish: TypeAlias = dict[str, str | int | bytes]
 """Keys for the backend's directory, relative to it."""
@@ -371,6 +374,14 @@ class Device(ABC):
         Called once, last, connected or not.
         """
         self.disconnect()
+
+    def undo(self, steps: Iterable[Callable[[], None]]) -> None:
+        """Let go of what disconnect() has to: each step is done, whatever became of those before."""
+        for step in steps:
+            try:
+                step()
+            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
+                log.warning("%s: while disconnecting: %s", self.ident, e)
 
     def removed(self) -> None:  # noqa: B027 - most classes have nothing to do here
         """The device is gone for good, after disconnect(): close and delete what is left.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from pvdrivers.errors import ConfigError, ProtocolViolation, PvError
@@ -24,7 +25,7 @@ GIVE_BACK = 2.0  # seconds that the backend has to close, and so to unmap, after
 POLL = 0.02
 
 
-class Frontend:
+class Frontend(ABC):
     """Everything of a device but its class. `kind` is the class's directory in xenstore, `noun` what people call it."""
 
     kind = ""
@@ -52,32 +53,32 @@ class Frontend:
 
     # What a class does
 
+    @abstractmethod
     def _publish(self, new: XenbusState) -> None:
         """New rings, and where they are: everything that the backend needs to connect."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _use(self, new: XenbusState) -> None:
         """The backend is connected: learn what it says of the device, and begin."""
-        raise NotImplementedError
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> None:  # noqa: B027 - a class may have nothing to do here
         """The backend has changed something while it is connected."""
 
+    @abstractmethod
     def _suspend(self, patience: float) -> None:
         """Leave the rings; what is in flight may end within `patience` seconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _give_back(self) -> None:
         """Take rings and grants back from the backend, which has let go of them if it ever will."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stop(self, why: str) -> None:
         """Out of use: whoever waits for something gets an error."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self) -> None:
         """Nothing will be used again."""
-        raise NotImplementedError
 
     def _busy(self) -> bool:
         """Whether close() should wait for something that is in flight."""

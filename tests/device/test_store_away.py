@@ -27,6 +27,18 @@ def break_connection(daemon: Daemon) -> None:
         theirs.shutdown(socket.SHUT_RDWR)
 
 
+def as_if_empty(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Have the store seem to be empty until the list is."""
+    empty = [True]
+    ls = XenStoreClient.ls
+
+    def list_(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
+        return None if empty and path == "/local/domain" else ls(self, path, tx)
+
+    monkeypatch.setattr(XenStoreClient, "ls", list_)
+    return empty
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -184,13 +196,7 @@ def test_a_store_that_comes_back_empty(yard: Yard, monkeypatch: pytest.MonkeyPat
     daemon = yard.daemon()
     guest = yard.guest(5)
     connect(guest)
-    empty = [True]
-    ls = XenStoreClient.ls
-
-    def as_if_empty(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
-        return None if empty and path == "/local/domain" else ls(self, path, tx)
-
-    monkeypatch.setattr(XenStoreClient, "ls", as_if_empty)
+    empty = as_if_empty(monkeypatch)
     before = daemon.platform.store
     daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
     until(lambda: daemon.host._store_fd == -1)
@@ -237,13 +243,7 @@ def test_a_store_that_has_forgotten_the_guests(
     connect(served)
     waits.attach()
     until(lambda: waits.state() == S.InitWait)
-    empty = [True]
-    ls = XenStoreClient.ls
-
-    def as_if_empty(self: XenStoreClient, path: str, tx: int = 0) -> list[str] | None:
-        return None if empty and path == "/local/domain" else ls(self, path, tx)
-
-    monkeypatch.setattr(XenStoreClient, "ls", as_if_empty)
+    empty = as_if_empty(monkeypatch)
     before = daemon.platform.store
     daemon.host.submit(lambda: None, lambda *_: daemon.host.store_lost())
     until(lambda: daemon.host._store_fd == -1)
