@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import heapq
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from .platform import XenStore
+
+log = logging.getLogger("pvdrivers.control")
 
 Done: TypeAlias = Callable[[Any, BaseException | None], None]
 """Called on the control thread with a job's result, or with what it raised."""
@@ -204,7 +207,10 @@ class Jobs:
         """Call `done` of what has finished; called on the control thread."""
         for _ in range(self._finished.qsize()):
             done, result, error = self._finished.get_nowait()
-            done(result, error)
+            try:
+                done(result, error)
+            except Exception:
+                log.exception("our own fault")  # one device's trouble is not the others'
 
     def _run(self) -> None:
         while True:

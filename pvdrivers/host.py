@@ -279,7 +279,9 @@ class Host:
         try:
             self._look_for_lost()
             self.finder.attach()
-        except OSError as e:
+        except Exception as e:
+            if not isinstance(e, OSError):
+                log.exception("xenstore: our own fault")
             log.debug("xenstore: %s", e)
             self.store_lost()
             return
@@ -295,7 +297,7 @@ class Host:
             if restarted and life.in_use and life.nodes.came_back():
                 text = "xenstore was restarted, and knows neither it nor its guest; it is served as before"
                 life.troubles.add("lost", text)
-            else:
+            elif not life.nodes.lost:
                 life.troubles.over("lost")
         self._incarnation = now  # last: if this connection breaks as well, all this is done again
 

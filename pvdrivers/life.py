@@ -233,8 +233,9 @@ class Life:
     def _do(self, job: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> bool:
         def done(result: Any, error: BaseException | None) -> None:
             self._busy = False
-            if self._guarded(partial(then, result, error)):
-                self.look()  # within look() this only has it go round once more
+            # Within look() this only has it go round once more. Who is to end does so with the store away, too.
+            if self._guarded(partial(then, result, error)) or self._ending is not None:
+                self.look()
 
         self._busy = True
         self._control.submit(job, done)

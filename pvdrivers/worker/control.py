@@ -264,7 +264,7 @@ class Worker:
         """The record is filled in: the worker serves it from now on."""
         store_word(handle.address, RING_ATTACHING)
         # Not before: a port is pending as soon as it is bound, and where all ports share one fd the worker would
-        # take that event to a record that is not filled in. An event that comes too early is let in again.
+        # take that event to a record that is not filled in. One that comes too early is let in with the ring.
         if handle.port >= 0:
             self._ports[handle.port] = handle.index
         self.ring_doorbell()
@@ -298,18 +298,16 @@ class Worker:
     def alerts(self) -> list[tuple[Any, str]]:
         """Rings that died since the last call: their device, and why."""
         found = []
-        with self._lock:
-            handles = list(self._handles.values())
-        for handle in handles:
+        for handle in self.attached():
             if load_word(handle.address) == RING_DEAD and not handle.record["reported"]:
                 handle.record["reported"] = 1
                 found.append((handle.device, in_words(handle.device, int(handle.record["violation"]))))
         return found
 
-    def attached(self) -> list[tuple[Any, np.void]]:
-        """Devices, and a RING of theirs."""
+    def attached(self) -> list[RingHandle]:
+        """All its rings."""
         with self._lock:
-            return [(handle.device, handle.record) for handle in self._handles.values()]
+            return list(self._handles.values())
 
 
 class WorkerPool:

@@ -87,7 +87,6 @@ def _collect_events(wa: int, token: int, n: int) -> None:
     seam = _seam(w)
     call(seam["event_deliver"], seam["event_ctx"], token, n, 0)
     ports = records(w["port_ring"], w["max_ports"], _I4)
-    strays = False
     for _ in range(w["max_ports"]):
         port = call(seam["event_next"], seam["event_ctx"], 0, 0, 0)
         if port < 0:
@@ -95,9 +94,7 @@ def _collect_events(wa: int, token: int, n: int) -> None:
         w["events"] += 1
         index = i64(ports[port]) if port < w["max_ports"] else i64(-1)
         if index < 0:
-            call(seam["event_unmask"], seam["event_ctx"], port, 1, 0)
-            strays = True
-            continue
+            continue  # bound, and no ring yet, which lets it in when it comes: until then nobody may wake us by it
         ra = ring_address(w, index)
         ring = ring_at(ra)
         if load_acquire64(ra) == RING_DETACHED:
@@ -105,8 +102,6 @@ def _collect_events(wa: int, token: int, n: int) -> None:
         ring["masked"] = 1
         count_event(wa, ra)
         mark_ready(wa, ra)
-    if strays:
-        unmask_now(wa)
 
 
 @kernel
@@ -142,6 +137,7 @@ def _look_at_rings(wa: int) -> None:
             if ring["event_fd"] >= 0:
                 ring["polled"] = 1
                 queue_poll(w["uring"], ring["event_fd"], TAG_EVENT | i)
+            ring["masked"] = ring["port"] >= 0  # an event that came before its ring did is held back
             _store_state(ra, RING_ACTIVE)
             mark_ready(wa, ra)
         elif state == RING_ACTIVE:
@@ -314,6 +310,16 @@ def _arm(wa: int, napping: int) -> int:
 
 
 @kernel
+def _keep_house(wa: int) -> None:
+    """Every ten seconds, however busy: idle rings let go of pages that they keep for nothing."""
+    w = worker_at(wa)
+    w["house_at"] = w["now"] + HOUSEKEEPING_NS
+    _look_at_rings(wa)
+    if w["event_fd"] >= 0 and w["event_in"] == 0:
+        _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions
+
+
+@kernel
 def run(wa: int) -> int:
     """The loop. 0 when told to stop, or -errno of io_uring."""
     w = worker_at(wa)
@@ -330,6 +336,8 @@ def run(wa: int) -> int:
         if n > 0:
             _handle_completions(wa, n)
         let_in(wa)
+        if w["now"] >= w["house_at"]:
+            _keep_house(wa)
         _finish(wa)
         _poll_active(wa)
         served = _serve(wa)
@@ -356,11 +364,7 @@ def run(wa: int) -> int:
             w["naps"] += 1
         else:
             w["sleeps"] += 1
-        n = wait(u, longest(wa, nap if nap > 0 else i64(HOUSEKEEPING_NS)))
-        if n == 0 and nap == 0 and w["let_in_at"] == 0:
-            _look_at_rings(wa)  # idle rings let go of pages that they keep for nothing
-            if w["event_fd"] >= 0:
-                _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions
+        n = wait(u, longest(wa, nap if nap > 0 else max(w["house_at"] - w["now"], i64(1))))
         if n == -EAGAIN or n == -EBUSY:
             # Short of memory, or of room for completions: nothing is lost, it is all still queued.
             w["short"] += 1

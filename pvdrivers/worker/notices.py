@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,34 +22,44 @@ STORM = (
 )
 
 
+class Attached(Protocol):
+    """A ring that a worker has: its device, and its RING."""
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def record(self) -> np.void: ...
+
+
 class Notices:
-    """Remembers what was told of which device."""
+    """Remembers what was told of which device, for as long as it has the ring that was the reason."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Any, str]] = []
+        self._told: list[tuple[Attached, str]] = []
 
-    def look(self, rings: Sequence[tuple[Any, np.void]]) -> Iterator[tuple[Any, str, str]]:
-        """Of all rings, with the device of each: (device, kind of trouble, text) for what is new, and an empty text for
-        what is over. A device that has no ring any more is forgotten."""
+    def look(self, rings: Sequence[Attached]) -> Iterator[tuple[Any, str, str]]:
+        """Of all rings: (device, kind of trouble, text) for what is new, and an empty text for what is over. What was
+        told of rings that are gone is forgotten: of a device that has others by now it is told afresh."""
         now = list(_troubles(rings))
-        for device, kind, text in now:
-            if not any(d is device and k == kind for d, k in self._told):
-                yield device, kind, text
-        for device, kind in self._told:
-            still = any(d is device and k == kind for d, k, _ in now)
-            if not still and any(d is device for d, _ in rings):
-                yield device, kind, ""
-        self._told = [(device, kind) for device, kind, _ in now]
+        told = [(ring, kind) for ring, kind in self._told if any(ring is r for r in rings)]
+        for ring, kind, text in now:
+            if not any(t.device is ring.device and k == kind for t, k in told):
+                yield ring.device, kind, text
+        for ring, kind in told:
+            if not any(r.device is ring.device and k == kind for r, k, _ in now):
+                yield ring.device, kind, ""
+        self._told = [(ring, kind) for ring, kind, _ in now]
 
 
-def _troubles(rings: Sequence[tuple[Any, np.void]]) -> Iterator[tuple[Any, str, str]]:
+def _troubles(rings: Sequence[Attached]) -> Iterator[tuple[Attached, str, str]]:
     """Each kind once a device, whatever the number of its rings."""
     seen: list[tuple[Any, str]] = []
-    for device, ring in rings:
-        for kind, text in _of(ring):
-            if not any(d is device and k == kind for d, k in seen):
-                seen.append((device, kind))
-                yield device, kind, text
+    for ring in rings:
+        for kind, text in _of(ring.record):
+            if not any(d is ring.device and k == kind for d, k in seen):
+                seen.append((ring.device, kind))
+                yield ring, kind, text
 
 
 def _of(ring: np.void) -> Iterator[tuple[str, str]]:

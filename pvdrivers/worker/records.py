@@ -47,6 +47,7 @@ WORKER = np.dtype(
         ("event_in", "i8"),  # where the io_uring reads that fd to; 0: it is polled, and the seam reads
         ("event_in_size", "i8"),
         ("let_in_at", "i8"),  # ns: when ports of guests that storm are let in again; 0: none does
+        ("house_at", "i8"),  # ns: when idle rings and events are looked at again; see loop
         ("deaf", "i8"),  # it could not be read or polled again, for want of memory: to be tried once more
         ("uring", "i8"),  # address of a URING
         ("seam", "i8"),  # address of a SEAM

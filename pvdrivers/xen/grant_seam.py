@@ -78,7 +78,8 @@ GRANT_CTX = np.dtype(
     ],
     align=True,
 )
-SLOT_FREE, SLOT_MAPPED, SLOT_LOST = 0, 1, 2
+SLOT_FREE, SLOT_MAPPED, SLOT_LOST, SLOT_TAKEN = 0, 1, 2, 3
+"""Lost: it cannot be unmapped. Taken: somebody else's memory is there by now."""
 HANDLE_TAG = 0x5B
 _TAG_SHIFT = 48
 _OP_SIZE = GRANT_OP.itemsize
@@ -159,7 +160,7 @@ def _map_refs(ctx_at: int, n: int, readonly: int) -> int:
     # has been given that address meanwhile. Then it is theirs for good.
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     if mmap(at, n * PAGE_SIZE, PROT_NONE, flags, -1, 0) != at:
-        _mark(ctx, slot, n, SLOT_LOST)
+        _mark(ctx, slot, n, SLOT_TAKEN)
     return result
 
 

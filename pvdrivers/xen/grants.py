@@ -75,7 +75,11 @@ class Context:
     def close(self) -> None:
         """Unmap everything. Harmless a second time."""
         if self.fd >= 0:
-            windows.unmap(self._window, self._size)
+            # All but what has become somebody else's: the runs between.
+            taken = np.flatnonzero(self._state == grant_seam.SLOT_TAKEN)
+            for first, end in zip([0, *(taken + 1)], [*taken, len(self._state)]):
+                if end > first:
+                    windows.unmap(self._window + int(first) * PAGE_SIZE, int(end - first) * PAGE_SIZE)
             os.close(self.fd)
             self.fd = -1
 

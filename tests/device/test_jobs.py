@@ -61,3 +61,19 @@ def test_no_further_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> No
         assert woken.acquire(timeout=10)
         jobs.deliver()
     assert ended == ["first", "second"]
+
+
+@pytest.mark.usefixtures("own_fault")
+def test_a_fault_in_what_follows_one_job_is_not_the_next_ones(caplog: pytest.LogCaptureFixture) -> None:
+    woken, ended = threading.Semaphore(0), []
+
+    def fails(result: Any, error: BaseException | None) -> None:
+        raise ValueError("what follows on it")
+
+    jobs = Jobs(woken.release)
+    jobs.submit(lambda: 1, fails)
+    assert woken.acquire(timeout=10)
+    jobs.submit(lambda: 2, lambda result, error: ended.append(result))
+    assert woken.acquire(timeout=10)
+    jobs.deliver()
+    assert ended == [2] and "what follows on it" in caplog.text

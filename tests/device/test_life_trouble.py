@@ -226,3 +226,17 @@ def test_handing_over_while_something_is_under_way(bed: Bed) -> None:
     bed.control.hold = False
     bed.control.work()
     assert done == [1] and disk.calls == ["advertise", "hand_over"] and guest.state() == S.InitWait
+
+
+def test_handing_over_while_something_is_under_way_and_the_store_is_away(bed: Bed) -> None:
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    bed.control.hold = True
+    life.look()
+    done: list[int] = []
+    life.hand_over(lambda: done.append(1))
+    bed.control.hold = False
+    bed.dom0.close()
+    bed.control.work()
+    assert done == [1] and disk.calls == ["advertise", "hand_over"]

@@ -255,6 +255,11 @@ def test_a_store_that_has_forgotten_the_guests(
     disk, life = daemon.disks["vbd-5-51712"], daemon.host.lives["vbd", 5, 51712]
     assert disk.attached and "disconnect" not in disk.calls and "removed" not in disk.calls
     assert "xenstore was restarted" in life.troubles.now["lost"]
+    store = daemon.platform.store
+    break_connection(daemon)  # once more, and this time it is the same store that comes back
+    until(lambda: daemon.platform.store is not store)
+    time.sleep(0.2)
+    assert "lost" in life.troubles.now
     assert caplog.text.count("xenstore was restarted") == 1
     yard.dom0.write("/local/domain/0/backend/vbd/5/other", "")  # events alone take nothing away
     daemon.host.submit(lambda: None, lambda *_: life.look())

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from pvdrivers.worker.notices import Notices
 from pvdrivers.worker.records import RING
 
 
+@dataclass
+class Ring:
+    device: object
+    record: np.void
+
+
 def test_once_a_device_each_way() -> None:
     rings, notices = np.zeros(3, RING), Notices()
     disk, other = object(), object()
-    of = [(disk, rings[0]), (disk, rings[1]), (other, rings[2])]
+    of = [Ring(device, record) for device, record in zip((disk, disk, other), rings)]
     assert list(notices.look(of)) == []
     rings["limit"] = -13, -13, 0
     ((device, kind, text),) = notices.look(of)
@@ -26,3 +34,6 @@ def test_once_a_device_each_way() -> None:
     rings["storming"] = 0, 1, 0
     ((device, kind, text),) = notices.look(of)
     assert device is disk and kind == "events" and "10 times a second" in text
+    again = Ring(disk, rings[1])
+    assert [kind for _, kind, _ in notices.look([of[0], again])] == ["events"], "a reconnect in the middle of a storm"
+
