@@ -174,6 +174,11 @@ class Uring:
             _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_ENABLE_RINGS, 0, 0)
 
     @property
+    def deferred(self) -> bool:
+        """Whether the kernel finishes requests only while it is entered (Linux 6.1), and touches no buffer else."""
+        return bool(self.flags & _DEFER_TASKRUN)
+
+    @property
     def enters(self) -> int:
         """System calls made so far."""
         return int(self._record["enters"])

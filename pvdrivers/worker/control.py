@@ -125,7 +125,7 @@ class Worker:
         w["doorbell_fd"], w["alert_fd"] = self.doorbell, alert_fd
         w["event_fd"], w["event_token"] = getattr(self.events, "shared_source", (-1, 0))
         w["uring"] = self.uring.address
-        if self.uring.kind == "io_uring":
+        if self.uring.deferred:  # or what it reads could come while the seam is at what it had read before
             w["event_in"], w["event_in_size"] = getattr(self.events, "shared_read", (0, 0))
         w["seam"] = self.seam.ctypes.data
         w["rings"], w["max_rings"] = self.rings.ctypes.data, MAX_RINGS

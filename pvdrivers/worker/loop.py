@@ -13,7 +13,7 @@ It leaves only when told to stop, or when io_uring itself fails.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, EIO, ENOENT
+from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,9 @@ def _shared_events(wa: int, res: int, flags: int) -> None:
         return
     if res > 0:
         _collect_events(wa, w["event_token"], res)
+    elif res == -ENOMEM:
+        w["deaf"] = 1  # behind the next sleep, then, which housekeeping ends
+        return
     elif res != -EAGAIN and res != -EINTR:
         w["error"] = res if res < 0 else -EIO  # nothing would be heard of any ring any more
     _listen(wa)  # not before: it is read to where the ports were
@@ -315,7 +318,7 @@ def _keep_house(wa: int) -> None:
     w = worker_at(wa)
     w["house_at"] = w["now"] + HOUSEKEEPING_NS
     _look_at_rings(wa)
-    if w["event_fd"] >= 0 and w["event_in"] == 0:
+    if w["event_fd"] >= 0:
         _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions
 
 

@@ -40,6 +40,12 @@ def disk(target: str | Path, vdev: str = "xvda", *, mode: str = "rw", **more: st
     return ",".join([*(f"{key}={value}" for key, value in words.items()), f"target={target}"])
 
 
+def vif(bridge: str, number: int = 1, **more: str) -> str:
+    """A line of xl's vif list; the last byte of its address is `number`."""
+    words = {"mac": f"00:16:3e:00:00:{number:02x}", "bridge": bridge, "script": "/bin/true", **more}
+    return ",".join(f"{key}={value}" for key, value in words.items())
+
+
 class Guest:
     """One guest. A context manager; made on construction, and destroyed on exit whatever its state.
 

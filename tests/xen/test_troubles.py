@@ -253,7 +253,7 @@ def test_a_guest_changes_its_state_without_end(
 ) -> None:
     neighbour = one.start(fio("xvda", rounds=4))
     with nobodys(store, stores.file("states", 4), "xvdy") as (name, backend, frontend):
-        until(lambda: read(f"{backend}/state") == "2", 20, "the backend waits")
+        until(lambda: stats(daemon).get(name, {}).get("state") == "InitWait", 20, "the backend waits, and stats say so")
         end = time.monotonic() + 30
         while not stats(daemon)[name]["counts"].get("storm") and time.monotonic() < end:
             for _ in range(20):

@@ -15,7 +15,7 @@ from .steps import CHECKOUT, FILES, PROJECT, VENV, Made, digest, in_root, link_t
 XEN = "4.17"
 PACKAGES = f"""
     python3 python3-venv kmod iproute2 util-linux busybox-static procps strace e2fsprogs
-    xen-utils-{XEN} xenstore-utils qemu-system-xen qemu-utils fio
+    xen-utils-{XEN} xenstore-utils qemu-system-xen qemu-utils fio iperf3 iputils-ping ethtool tcpdump
 """.split()
 NOT_IN_DOM0 = ("ruff", "mypy")
 PYTHON = "3.11"

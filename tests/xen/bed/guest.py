@@ -9,7 +9,10 @@ from pathlib import Path
 from .kernels import Kernel
 from .steps import FILES, Made, make_ext4, run, step
 
-TOOLS = ["mkfs.ext4", "e2fsck", "resize2fs", "fstrim", "blkdiscard", "blockdev", "dd", "cmp", "strace"]
+TOOLS = """
+    mkfs.ext4 e2fsck resize2fs fstrim blkdiscard blockdev dd cmp strace
+    ip ping ethtool iperf3 tcpdump
+""".split()
 """Programs with their libraries, out of the dom0 root, where busybox has none or a lesser one."""
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "ext4", "overlay", "crc32c-intel", "crc32c_generic"]
 DOM0_MODULES = ["virtio_pci", "virtio_blk", "9pnet_virtio", "9p", "ext4", "overlay", "crc32c-intel", "crc32c_generic"]
