@@ -11,6 +11,7 @@ SAME := --hypothesis-profile=ci
 PURE_TESTS = tests/rings $(wildcard tests/*/test_request*.py) tests/netback/test_frame.py tests/netback/test_table.py
 SECONDS ?= 60
 ARGS ?=
+BED ?=
 
 # Interpreter to build the environment with; empty: python3.11, or the first that is 3.11 or later.
 PYTHON ?=
@@ -47,10 +48,10 @@ test-full: setup lint-tools test-nojit test-boundscheck ## run everything, in un
 	@$(PYTEST) $(SAME) $(ARGS)
 
 test-xen-quick: setup ## two minutes of test-xen, when its images are there
-	@$(BIN)/python -m tests.xen.bed run --seconds 900 -- -v tests/xen -m xen_quick $(ARGS)
+	@$(BIN)/python -m tests.xen.bed run $(BED) --seconds 900 -- -v tests/xen -m xen_quick $(ARGS)
 
-test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12)
-	@$(BIN)/python -m tests.xen.bed run --seconds 1800 -- -v tests/xen tests/platform -k xen $(ARGS)
+test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12; BED=--again)
+	@$(BIN)/python -m tests.xen.bed run $(BED) --seconds 3000 -- -v tests/xen tests/platform -k xen $(ARGS)
 
 bench-xen: setup ## there: hypercalls and system calls a request, counted, beside xen-blkback and qdisk (ARGS=--quick)
 	@$(BIN)/python -m tests.xen.bed sh --seconds 1800 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"

@@ -13,14 +13,14 @@ It leaves only when told to stop, or when io_uring itself fails.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM
+from errno import EAGAIN, EBUSY, ECANCELED, EIO, ENOENT, ENOMEM
 from typing import Any
 
 import numpy as np
 
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import advance, cqe, queue_poll, queue_poll_remove, queue_poll_unread, reap, wait
-from pvdrivers.storage.uring_device import queue_read
+from pvdrivers.storage.uring_device import queue_cancel, queue_read
 from pvdrivers.storage.uring_layout import CQE, IORING_CQE_F_MORE
 from pvdrivers.syscalls import EINTR, sched_yield
 from rings.atomics import call, i64, load_acquire64, pause, records, store_release64
@@ -162,7 +162,7 @@ def _shared_events(wa: int, res: int, flags: int) -> None:
     elif res == -ENOMEM:
         w["deaf"] = 1  # behind the next sleep, then, which housekeeping ends
         return
-    elif res != -EAGAIN and res != -EINTR:
+    elif res != -EAGAIN and res != -EINTR and res != -ECANCELED:
         w["error"] = res if res < 0 else -EIO  # nothing would be heard of any ring any more
     _listen(wa)  # not before: it is read to where the ports were
 
@@ -193,6 +193,8 @@ def _event_completion(wa: int, index: int, res: int, flags: int) -> None:
 @inline
 def _poll_removed(wa: int, index: int, res: int) -> None:
     """What came of taking a poll away. It may refuse: a guest that storms can keep it firing (-EALREADY)."""
+    if index == SHARED_EVENTS:
+        return
     ra = ring_address(worker_at(wa), index)
     ring = ring_at(ra)
     if ring["state"] != RING_DETACHING or ring["polled"] != 2 or res == 0:
@@ -318,8 +320,12 @@ def _keep_house(wa: int) -> None:
     w = worker_at(wa)
     w["house_at"] = w["now"] + HOUSEKEEPING_NS
     _look_at_rings(wa)
-    if w["event_fd"] >= 0:
-        _collect_events(wa, w["event_token"], 0)  # evtchn may miss to wake, within a few instructions
+    # evtchn may miss to wake, within a few instructions: whoever asks anew is told.
+    if w["event_in"] != 0:
+        tag = TAG_EVENT | SHARED_EVENTS
+        queue_cancel(w["uring"], tag, TAG_REMOVED | SHARED_EVENTS)
+    elif w["event_fd"] >= 0:
+        _collect_events(wa, w["event_token"], 0)
 
 
 @kernel

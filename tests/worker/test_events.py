@@ -248,6 +248,18 @@ def test_a_port_is_let_in_with_its_ring(on_the_ring: bool) -> None:
             worker.detach(late.handle)
 
 
+@ways
+def test_events_are_asked_for_anew_again_and_again(on_the_ring: bool) -> None:
+    """What housekeeping does every ten seconds, at any moment: nothing is lost, and nothing is read by two."""
+    with running(on_the_ring) as (worker, (guest,)):
+        for k in range(1, 1001):
+            worker.record["house_at"] = 0
+            guest.push(1)
+            until(lambda k=k: guest.answered(k))  # type: ignore[misc]
+            guest.events.unmasked()
+        assert worker.record["house_at"] > 0
+
+
 def test_a_device_that_fails_ends_the_worker() -> None:
     """Not a word would be heard of any ring; the next process hears all of it."""
     with running(True, fails=True) as (worker, (guest,)):

@@ -6,10 +6,10 @@ import argparse
 import signal
 import sys
 
-from .boot import Machine, boot, pytest_script
+from .boot import Machine, boot, failed, pytest_script
 from .debian import install_missing
 from .images import build
-from .steps import BedError
+from .steps import BedError, say
 
 
 def main() -> int:
@@ -25,6 +25,7 @@ def main() -> int:
         one.add_argument("--xenstored", choices=["c", "o"], default="c", help="the C one, or oxenstored")
         one.add_argument("--xen", action="append", default=[], metavar="WORD", help="for Xen's command line")
         one.add_argument("--dom0", action="append", default=[], metavar="WORD", help="for dom0's command line")
+        one.add_argument("--again", action="store_true", help="tests that fail: once more, in a machine of their own")
         one.usage = f"%(prog)s [options] -- {what}"
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words = sys.argv[split + 1 :]
@@ -37,7 +38,12 @@ def main() -> int:
             return 0
         script = " ".join(words) if args.verb == "sh" else pytest_script(words or ["tests/xen"])
         machine = Machine(args.cpus, args.memory, xenstored=args.xenstored, xen_words=args.xen, dom0_words=args.dom0)
-        return boot(images, machine, script, args.seconds)
+        status = boot(images, machine, script, args.seconds)
+        if status == 1 and args.again and (names := failed()):
+            say(f"{len(names)} failed, and are run once more: {' '.join(names)}")
+            options = [word for word in words if word.startswith("-") and word not in ("-k", "-m")]
+            status = boot(images, machine, pytest_script([*options, *names]), args.seconds)
+        return status
     except BedError as e:
         print(f"xen bed: error: {e}", file=sys.stderr)
         return 2

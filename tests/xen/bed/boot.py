@@ -109,6 +109,13 @@ def boot(images: Images, machine: Machine, script: str, seconds: float) -> int:
     return int(status.read_text()) if status.exists() else 125
 
 
+def failed() -> list[str]:
+    """Names of the tests that failed in the last boot."""
+    log = cache() / "results/last/results/failures.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return list(dict.fromkeys(line.split()[1] for line in lines if line.startswith("=== tests/")))
+
+
 class Console:
     """Copies the serial line to the log, and from dom0's first word on to the terminal."""
 
