@@ -252,7 +252,7 @@ def test_a_guest_changes_its_state_without_end(
     one: Guest, daemon: Serve, store: XenStoreClient, stores: Stores
 ) -> None:
     neighbour = one.start(fio("xvda", rounds=4))
-    with nobodys(store, stores.file("states", 4), "xvdy") as (name, backend, frontend):
+    with nobodys(store, stores.file("states", 4), "xvdy") as (name, _, frontend):
         until(lambda: stats(daemon).get(name, {}).get("state") == "InitWait", 20, "the backend waits, and stats say so")
         end = time.monotonic() + 30
         while not stats(daemon)[name]["counts"].get("storm") and time.monotonic() < end:
