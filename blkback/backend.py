@@ -106,6 +106,8 @@ class BlkBackend(Device):
         self.spec: DiskSpec | None = None
         self.journal: Journal | None = None
         self.counters: StatsFile | None = None
+        self.said_of_pages = ""
+        """What the log has of a budget that its pages do not fit into."""
         self.disk = np.zeros(1, DISK)
         self.queues: list[QueueState] = []
         self.plan = Plan(POLICY_MAP)

@@ -74,5 +74,8 @@ def set_aside(device: BlkBackend, policy: int, said: Front) -> tuple[Plan, int |
             now = f"each ring keeps {plan.bound} pages and maps {plan.in_flight} more, the rest is copied"
         elif plan.policy == POLICY_MAP:
             now = f"each ring maps {plan.in_flight} pages at once, the rest is copied"
-        log.warning("%s: it would have %d pages of its guest mapped, but %s; %s", device.ident, pages[0], why, now)
+        text = f"it would have {pages[0]} pages of its guest mapped, but {why}; {now}"
+        if text != device.said_of_pages:  # a guest may connect again and again
+            device.said_of_pages = text
+            log.warning("%s: %s", device.ident, text)
     return plan, pages[index]

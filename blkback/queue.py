@@ -29,7 +29,7 @@ from pvdrivers.worker.journal import (
     push_free,
     record_of,
 )
-from pvdrivers.worker.marks import complete, mark_ready, req_at, ring_at, stats_at, take_done, worker_at
+from pvdrivers.worker.marks import complete, mark_failed, mark_ready, req_at, ring_at, stats_at, take_done, worker_at
 from pvdrivers.worker.records import RING_DEAD
 from rings.atomics import i64, records
 from rings.blkif import RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, put_response
@@ -132,6 +132,8 @@ def _count(ra: int, qa: int, status: int, now: int) -> None:
     stats["kinds"][kind] += 1
     if status != RSP_OKAY:
         stats["errors"] += 1
+        if status == RSP_ERROR and kind != K_REJECT:
+            mark_failed(ra, req["failed"], req["res"], blk["sector"] * 512, req["nbytes"])
     elif kind == K_READ:
         stats["bytes_read"] += req["nbytes"]
     else:

@@ -39,6 +39,7 @@ class Troubles:
     lost      xenstored was restarted, and knows nothing of it any more
     events    its guest sends events with nothing behind them
     grants    Xen had no room to map its guest's pages, which are copied
+    io        requests failed, by its store or by a page of its guest
     """
 
     def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:

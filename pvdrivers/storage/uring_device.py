@@ -2,9 +2,9 @@
 
 For devices that can be polled and never make a writer wait, opened O_NONBLOCK. Not on the software ring.
 
-While a read is queued nobody else may read that descriptor. A read that the kernel begins again, as there was something,
-and that finds nothing, is given to a thread of the kernel, which to Linux 6.1 tries for ever, with all of a processor
-(io_uring/io_uring.c: io_arm_poll_handler takes a request once, io_wq_submit_work repeats on -EAGAIN).
+While a read is queued nobody else may read that descriptor. A read that the kernel begins again, as there was
+something, and that finds nothing, is given to a thread of the kernel, which to Linux 6.1 tries for ever, with all of a
+processor (io_uring/io_uring.c: io_arm_poll_handler takes a request once, io_wq_submit_work repeats on -EAGAIN).
 """
 
 from __future__ import annotations

@@ -262,11 +262,11 @@ class Worker:
 
     def attach(self, handle: RingHandle) -> None:
         """The record is filled in: the worker serves it from now on."""
-        store_word(handle.address, RING_ATTACHING)
-        # Not before: a port is pending as soon as it is bound, and where all ports share one fd the worker would
-        # take that event to a record that is not filled in. One that comes too early is let in with the ring.
+        # First: a ring that is served has its port. One that is pending before its ring is served, as it is from
+        # being bound on, is let in with the ring.
         if handle.port >= 0:
             self._ports[handle.port] = handle.index
+        store_word(handle.address, RING_ATTACHING)
         self.ring_doorbell()
 
     def drop(self, handle: RingHandle) -> None:

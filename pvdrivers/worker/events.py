@@ -7,7 +7,7 @@ takes long: the call comes back with -EINTR, and its ring is dead. A call that d
 
 from __future__ import annotations
 
-from errno import EINTR
+from errno import EINTR, ENOMEM
 from typing import Any
 
 from pvdrivers.platform import SEAM
@@ -44,6 +44,8 @@ def unmask(wa: int, ra: int) -> None:
     store_release64(wa + CALLING_AT, i64(0))
     if result == -EINTR:
         mark_dead(ra, V_EVENTS)
+    elif result == -ENOMEM:
+        worker_at(wa)["error"] = result  # ports that stay masked for ever: the next process lets them in
 
 
 @inline
@@ -52,4 +54,5 @@ def unmask_now(wa: int) -> None:
     else by one for all."""
     w = worker_at(wa)
     seam = _seam(wa)
-    call(seam["event_unmask"], seam["event_ctx"], 0, 0, w["uring"] if w["event_in"] != 0 else 0)
+    if call(seam["event_unmask"], seam["event_ctx"], 0, 0, w["uring"] if w["event_in"] != 0 else 0) == -ENOMEM:
+        w["error"] = -ENOMEM

@@ -97,8 +97,9 @@ def _collect_events(wa: int, token: int, n: int) -> None:
             continue  # bound, and no ring yet, which lets it in when it comes: until then nobody may wake us by it
         ra = ring_address(w, index)
         ring = ring_at(ra)
-        if load_acquire64(ra) == RING_DETACHED:
-            continue  # its page and its counters may be gone by now, and its port goes with them
+        state = load_acquire64(ra)
+        if state == RING_DETACHED or state == RING_FREE or state == RING_ATTACHING:
+            continue  # its page may be gone by now, and its port goes with it; or it is to come, and lets it in then
         ring["masked"] = 1
         count_event(wa, ra)
         mark_ready(wa, ra)

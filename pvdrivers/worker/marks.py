@@ -134,6 +134,17 @@ def mark_limited(ra: int, status: int) -> None:
 
 
 @kernel
+def mark_failed(ra: int, gntst: int, res: int, at: int, nbytes: int) -> None:
+    """A request failed, by the store or by a page of the guest. The control thread hears of it at powers of two."""
+    ring = ring_at(ra)
+    ring["failures"] += 1
+    if ring["failures"] & (ring["failures"] - 1) == 0:
+        ring["failed_gntst"], ring["failed_res"] = gntst, res
+        ring["failed_at"], ring["failed_bytes"] = at, nbytes
+        eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)
+
+
+@kernel
 def mark_dead(ra: int, violation: int) -> None:
     """The peer broke the protocol: nothing more is taken from this ring, and the control thread hears of it."""
     ring = ring_at(ra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ STORM = (
 )
 
 
+FAILED = "{count} of its requests failed; the latest of {nbytes} bytes at byte {at}: {why}"
+
+
 class Attached(Protocol):
     """A ring that a worker has: its device, and its RING."""
 
@@ -36,20 +40,20 @@ class Notices:
     """Remembers what was told of which device, for as long as it has the ring that was the reason."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Attached, str]] = []
+        self._told: list[tuple[Attached, str, str]] = []
 
     def look(self, rings: Sequence[Attached]) -> Iterator[tuple[Any, str, str]]:
         """Of all rings: (device, kind of trouble, text) for what is new, and an empty text for what is over. What was
         told of rings that are gone is forgotten: of a device that has others by now it is told afresh."""
         now = list(_troubles(rings))
-        told = [(ring, kind) for ring, kind in self._told if any(ring is r for r in rings)]
+        told = [one for one in self._told if any(one[0] is ring for ring in rings)]
         for ring, kind, text in now:
-            if not any(t.device is ring.device and k == kind for t, k in told):
+            if not any(t.device is ring.device and k == kind and said == text for t, k, said in told):
                 yield ring.device, kind, text
-        for ring, kind in told:
+        for ring, kind, _ in told:
             if not any(r.device is ring.device and k == kind for r, k, _ in now):
                 yield ring.device, kind, ""
-        self._told = [(ring, kind) for ring, kind, _ in now]
+        self._told = now
 
 
 def _troubles(rings: Sequence[Attached]) -> Iterator[tuple[Attached, str, str]]:
@@ -65,5 +69,10 @@ def _troubles(rings: Sequence[Attached]) -> Iterator[tuple[Attached, str, str]]:
 def _of(ring: np.void) -> Iterator[tuple[str, str]]:
     if ring["limit"]:
         yield "grants", LIMIT.format(status=int(ring["limit"]))
+    if ring["failures"]:
+        count, gntst = int(ring["failures"]), int(ring["failed_gntst"])
+        why = f"a page of its guest (GNTST {gntst})" if gntst else f"its store: {os.strerror(-int(ring['failed_res']))}"
+        rounded = 1 << count.bit_length() - 1
+        yield "io", FAILED.format(count=rounded, nbytes=ring["failed_bytes"], at=ring["failed_at"], why=why)
     if ring["storming"]:
         yield "events", STORM

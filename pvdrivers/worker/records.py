@@ -184,6 +184,11 @@ RING = np.dtype(
         ("purged", "i8"),  # ns: when it last looked for such pages
         ("limit", "i8"),  # GNTST_* of a map that Xen had no room for: its requests are copied since then
         ("mapping", "i8"),  # ... instead of this POLICY_*
+        ("failures", "i8"),  # requests that failed, and of one of them, at powers of two of these:
+        ("failed_gntst", "i8"),  # ... GNTST_* of a page of it, or 0
+        ("failed_res", "i8"),  # ... -errno of the store
+        ("failed_at", "i8"),  # ... byte
+        ("failed_bytes", "i8"),
         ("storming", "i8"),  # its guest sends events with nothing behind them: see storm
         ("storm_at", "i8"),  # ns: since when they are counted, and
         ("storm_cons", "i8"),  # ... RING_END.cons at that time

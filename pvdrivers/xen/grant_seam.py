@@ -224,8 +224,11 @@ def _map_alone(ctx_at: int, op_at: int, readonly: int) -> int:
     """Map one page; its status."""
     ctx = _ctx(ctx_at)
     op = records(op_at, 1, GRANT_OP)[0]
-    _put_ref(ctx, 0, op, 0)
-    slot = _map_refs(ctx_at, 1, readonly)
+    slot = i64(-1)
+    for _ in range(2):  # once more, in case that it was a moment's want
+        if slot < 0:
+            _put_ref(ctx, 0, op, 0)
+            slot = _map_refs(ctx_at, 1, readonly)
     if slot >= 0:
         _mapped(ctx, op, slot)
     else:

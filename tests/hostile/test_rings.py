@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 
@@ -56,6 +57,20 @@ def test_violations_are_counted_where_the_operator_looks(quiet: Arena) -> None:
             front.push(ring, ring.prod + 9999)
             front.wait(CLOSING)
             assert counted(front) == turn
+
+
+def test_requests_that_fail_are_told_at_powers_of_two(quiet: Arena) -> None:
+    with quiet.liar() as front:
+        ring = front.connect()
+        for turn in range(9):
+            assert front.ask(ring, request(READ, [(0xFFFFFFFF, 0, 7)], id=turn, sector=8 * turn)) == [-1]
+        log, deadline = "", time.monotonic() + 10
+        while "8 of its requests failed" not in log:
+            assert time.monotonic() < deadline, log
+            time.sleep(0.01)
+            log += quiet.log()
+        assert log.count("requests failed") <= 4
+        assert "8 of its requests failed; the latest of 4096 bytes at byte 28672: a page of its guest (GNTST -3)" in log
 
 
 def test_a_full_ring_is_no_violation(quiet: Arena) -> None:

@@ -37,3 +37,19 @@ def test_once_a_device_each_way() -> None:
     again = Ring(disk, rings[1])
     assert [kind for _, kind, _ in notices.look([of[0], again])] == ["events"], "a reconnect in the middle of a storm"
 
+
+
+def test_requests_that_fail_are_told_at_powers_of_two() -> None:
+    rings, notices = np.zeros(1, RING), Notices()
+    ring = Ring(object(), rings[0])
+    said = []
+    for count in range(1, 10):
+        rings["failures"] = count
+        if count & (count - 1) == 0:
+            rings["failed_res"], rings["failed_at"], rings["failed_bytes"] = -5, 4096 * count, 512
+        said += [text for _, kind, text in notices.look([ring]) if kind == "io"]
+    assert len(said) == 4 and "of 512 bytes at byte 32768: its store: Input/output error" in said[-1]
+    assert "8 of its requests failed" in said[-1]
+    rings["failed_gntst"] = -3
+    ((_, _, text),) = notices.look([ring])
+    assert "GNTST -3" in text

@@ -56,7 +56,7 @@ def prepare(stack: ExitStack) -> tuple[Guest, Serve]:
     guest = stack.enter_context(Guest(qdisk, memory=256))
     pvdrivers = (sys.executable, "-m", "pvdrivers")
     run_dir = ("--run-dir", str(serve.run_dir))
-    for disk, options in ((OURS, ""), (OURS_COPY, "policy=copy,"), (OURS_MAP, "policy=map,")):
+    for disk, options in ((OURS, ""), (OURS_COPY, "policy=copy,"), (OURS_MAP, "policy=map,direct=no,")):
         words = f"vdev={disk.vdev},access=rw,{options}target=/dev/{disk.ram}"
         sh(*pvdrivers, "block-attach", *run_dir, str(guest.domid), words)
     # The kernel's driver reads its parameter when a disk connects.
