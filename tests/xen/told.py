@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FINAL = re.compile(r"I/O error|differ|verify|wrong data|checksum|sha256|our own fault|Traceback|alive\(\)", re.IGNORECASE)
+FINAL = re.compile(r"I/O error|differ|verify|wrong data|checksum|sha256|our own fault|Traceback|alive\(\)", re.I)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
