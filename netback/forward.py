@@ -173,4 +173,5 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             if packet["fill"] != 0:
                 fill_checksum(pa)
             _each(wa, swa, porta, pa, 1)
+        packet["said"] = 0  # of the next packet in its place nobody may have said anything
     flush(wa, swa)
