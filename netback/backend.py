@@ -241,9 +241,10 @@ class QueueState:
 
 def warm() -> None:
     """Compile all that serves a vif, before the first InitWait."""
-    from . import attach, queue
+    from . import attach, queue, staging_share
 
     attach.warm()
+    staging_share.warm()
     del queue
 
 

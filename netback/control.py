@@ -2,7 +2,8 @@
 
 Every rule of netif.h about the requests of the control ring stands here and nowhere else. `look` has the private copy
 of a request and says how it is answered, or which bytes of which page it needs first; `conclude` has these, as a
-private copy too, and says how it is answered then. Nothing takes effect but by the last line of either, as a whole.
+private copy too, and says how it is answered then; or what is to be done first, and `mapped` and `stored` hear what
+became of that. Nothing takes effect but as a whole, by the last lines.
 
     type                      with                     done            refused
     SET_HASH_ALGORITHM        algorithm                NONE, TOEPLITZ  INVALID_PARAMETER
@@ -15,6 +16,14 @@ private copy too, and says how it is answered then. Nothing takes effect but by 
     SET_HASH_MAPPING          gref, entries, offset    these           BUFFER_OVERFLOW: more than MOST_MAPPING;
                                                                        INVALID_PARAMETER: beyond the table (XSA-270), a
                                                                        queue that there is not, or no such page
+    GET_GREF_MAPPING_SIZE     queue                    the limit       INVALID_PARAMETER: no such queue
+    ADD_GREF_MAPPING          queue, gref, entries     all of them     NOT_SUPPORTED: the limit is 0;
+                                                                       INVALID_PARAMETER: no such queue or page; more
+                                                                       than a page or the limit has room for; of a gref,
+                                                                       that it is there, comes twice, has other flags,
+                                                                       or cannot be mapped
+    DEL_GREF_MAPPING          queue, gref, entries     how many        the same of queue and page; a gref that is not
+                                                                       there has that in its own status
     anything else                                                      NOT_SUPPORTED
 
 Limits, and what the header leaves open, are as in Linux (drivers/net/xen-netback/hash.c), which says INVALID_PARAMETER
@@ -27,11 +36,15 @@ from typing import Any
 
 import numpy as np
 
+from pvdrivers.worker.batch import op_at
 from rings.atomics import copy_bytes, i64, load32, load_acquire64, records, store32, store_release64, zero_bytes
 from rings.bounds import in_range
 from rings.jit import inline, kernel
 from rings.netif import (
+    CTRL_ADD_GREF_MAPPING,
     CTRL_BUFFER_OVERFLOW,
+    CTRL_DEL_GREF_MAPPING,
+    CTRL_GET_GREF_MAPPING_SIZE,
     CTRL_GET_HASH_FLAGS,
     CTRL_GET_HASH_MAPPING_SIZE,
     CTRL_INVALID_PARAMETER,
@@ -43,15 +56,21 @@ from rings.netif import (
     CTRL_SET_HASH_MAPPING,
     CTRL_SET_HASH_MAPPING_SIZE,
     CTRL_SUCCESS,
+    GREF,
     HASH_ALGORITHM_NONE,
     HASH_ALGORITHM_TOEPLITZ,
     HASH_IPV4,
     HASH_IPV4_TCP,
     HASH_IPV6,
     HASH_IPV6_TCP,
+    GREF_readonly,
 )
 
 from .control_records import (
+    DO_FETCH,
+    DO_MAP,
+    DO_NOTHING,
+    DO_STORE,
     FIRST_HASH_AT,
     HASH_SIZE,
     KEY_AT,
@@ -59,14 +78,17 @@ from .control_records import (
     MOST_HASHED,
     MOST_KEY,
     MOST_MAPPING,
+    MOST_STAGED,
     control_at,
     current,
     hash_at,
 )
 from .hashing import make_table
+from .staging import STAGE_SIZE, find, insert, remove, stage_at, staged_at
 
 ALL_TYPES = HASH_IPV4 | HASH_IPV4_TCP | HASH_IPV6 | HASH_IPV6_TCP
 _ENTRY = 4
+_GREF_SIZE = GREF.itemsize
 _SCRATCH_AT = 4096 - MOST_HASHED  # of the payload, which is a key of MOST_KEY bytes then
 
 
@@ -84,13 +106,13 @@ def _word(ca: int, k: int) -> int:
 @inline
 def _answer(ca: int, status: int, data: int) -> None:
     c = control_at(ca)
-    c["status"], c["data"], c["fetch"] = status, data, 0
+    c["status"], c["data"], c["next"] = status, data, DO_NOTHING
 
 
 @inline
 def _need(ca: int, gref: int, nbytes: int) -> None:
     c = control_at(ca)
-    c["gref"], c["fetch"] = gref, nbytes
+    c["gref"], c["nbytes"], c["next"] = gref, nbytes, DO_FETCH
 
 
 @kernel
@@ -164,9 +186,70 @@ def _set_mapping(ca: int, entries: int, offset: int) -> None:
     _in_force(ca)
 
 
+@inline
+def _gref(ca: int, k: int) -> Any:
+    """Entry k of the list in the payload."""
+    return records(control_at(ca)["payload"] + k * _GREF_SIZE, 1, GREF)[0]
+
+
+@kernel
+def _look_at_grefs(ca: int, kind: int) -> None:
+    """Types 8 to 10, as far as the request itself says."""
+    c = control_at(ca)
+    queue, entries = _word(ca, 0), _word(ca, 2)
+    if queue >= c["queues"]:
+        _answer(ca, CTRL_INVALID_PARAMETER, 0)
+        return
+    c["stage"], c["count"] = c["stages"] + queue * STAGE_SIZE, entries
+    limit = stage_at(c["stage"])["limit"]
+    if kind == CTRL_GET_GREF_MAPPING_SIZE:
+        _answer(ca, CTRL_SUCCESS, limit)
+    elif limit == 0:
+        _answer(ca, CTRL_NOT_SUPPORTED, 0)
+    elif entries > MOST_STAGED:
+        _answer(ca, CTRL_INVALID_PARAMETER, 0)
+    elif entries == 0:
+        _answer(ca, CTRL_SUCCESS, 0)
+    else:
+        _need(ca, _word(ca, 1), entries * _GREF_SIZE)
+
+
+@kernel
+def _add_grefs(ca: int) -> None:
+    """Have what the payload lists mapped: each has an entry then, or none has."""
+    c = control_at(ca)
+    done = i64(0)
+    while done < c["count"]:
+        wanted = _gref(ca, done)
+        flags = i64(wanted["flags"])
+        if flags & ~GREF_readonly != 0 or insert(c["stage"], i64(wanted["ref"]), 1 - flags) < 0:
+            break
+        done += 1
+    if done == c["count"]:
+        c["next"] = DO_MAP
+        return
+    for k in range(done):
+        remove(c["stage"], i64(_gref(ca, k)["ref"]))
+    _answer(ca, CTRL_INVALID_PARAMETER, 0)
+
+
+@kernel
+def _del_grefs(ca: int) -> None:
+    """Have it written into the list which of it are no more. They go when the guest has that."""
+    c = control_at(ca)
+    for k in range(c["count"]):
+        entry = find(c["stage"], i64(_gref(ca, k)["ref"]))
+        if entry >= 0 and staged_at(c["stage"], entry)["leaving"] == 0:
+            staged_at(c["stage"], entry)["leaving"] = 1
+            _gref(ca, k)["status"] = CTRL_SUCCESS
+        else:
+            _gref(ca, k)["status"] = CTRL_INVALID_PARAMETER
+    c["next"] = DO_STORE
+
+
 @kernel
 def look(ca: int) -> None:
-    """A request has come: CONTROL.fetch says how many bytes of page CONTROL.gref it needs; 0, and it is answered."""
+    """A request has come: CONTROL.next is DO_NOTHING, or DO_FETCH of so many bytes of a page."""
     kind = i64(request_at(ca)["type"])
     h = hash_at(current(control_at(ca)["hashes"]))
     if kind == CTRL_SET_HASH_ALGORITHM:
@@ -198,6 +281,8 @@ def look(ca: int) -> None:
             _answer(ca, CTRL_SUCCESS, 0)
         else:
             _need(ca, _word(ca, 0), _word(ca, 1) * _ENTRY)
+    elif kind >= CTRL_GET_GREF_MAPPING_SIZE and kind <= CTRL_DEL_GREF_MAPPING:
+        _look_at_grefs(ca, kind)
     else:
         _answer(ca, CTRL_NOT_SUPPORTED, 0)
 
@@ -210,5 +295,52 @@ def conclude(ca: int, status: int) -> None:
         _answer(ca, CTRL_INVALID_PARAMETER, 0)
     elif kind == CTRL_SET_HASH_KEY:
         _set_key(ca, _word(ca, 1))
-    else:
+    elif kind == CTRL_SET_HASH_MAPPING:
         _set_mapping(ca, _word(ca, 1), _word(ca, 2))
+    elif kind == CTRL_ADD_GREF_MAPPING:
+        _add_grefs(ca)
+    else:
+        _del_grefs(ca)
+
+
+@kernel
+def mapped(ca: int, ops: int) -> int:
+    """After DO_MAP: GRANT_OP[count] says what came of each gref. How many are not to be kept, and are to be unmapped:
+    all that have a handle, if there was one that could not be had; then their handles are in the first operations."""
+    c = control_at(ca)
+    lost = i64(0)
+    for k in range(c["count"]):
+        if op_at(ops, k)["status"] != 0:
+            lost = i64(1)
+    unmaps = i64(0)
+    for k in range(c["count"]):
+        gref, op = i64(_gref(ca, k)["ref"]), op_at(ops, k)
+        if lost == 0:
+            entry = staged_at(c["stage"], find(c["stage"], gref))
+            entry["address"], entry["handle"] = op["address"], op["handle"]
+            continue
+        remove(c["stage"], gref)
+        if op["status"] == 0:
+            op_at(ops, unmaps)["handle"] = op["handle"]
+            unmaps += 1
+    _answer(ca, CTRL_SUCCESS if lost == 0 else CTRL_INVALID_PARAMETER, 0)
+    return unmaps
+
+
+@kernel
+def stored(ca: int, status: int, ops: int) -> int:
+    """After DO_STORE, whose GNTST_* is `status`: how many grefs are no more, and are to be unmapped; their handles are
+    in the first operations. A guest that cannot be told which they are keeps all."""
+    c = control_at(ca)
+    unmaps = i64(0)
+    for k in range(c["count"]):
+        if _gref(ca, k)["status"] != CTRL_SUCCESS:
+            continue
+        gref = i64(_gref(ca, k)["ref"])
+        if status != 0:
+            staged_at(c["stage"], find(c["stage"], gref))["leaving"] = 0
+        else:
+            op_at(ops, unmaps)["handle"] = remove(c["stage"], gref)
+            unmaps += 1
+    _answer(ca, CTRL_SUCCESS if status == 0 else CTRL_INVALID_PARAMETER, unmaps)
+    return unmaps

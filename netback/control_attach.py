@@ -18,6 +18,7 @@ from rings.jit import address_of
 from . import control_ring, queue
 from .control_file import HashFile
 from .control_records import CONTROL
+from .staging_share import Staging, offer
 
 if TYPE_CHECKING:
     from .backend import QueueState, VifBackend
@@ -52,15 +53,28 @@ class Control:
         self.file = HashFile(_path(device), incarnation, recover=recover)
         self.record = np.zeros(1, CONTROL)
         self._memory = Memory(2 * 4096)
+        assert device.spec is not None
+        self.staging = Staging(device, queues, offer(device, queues, device.spec.staging))
         row = self.record[0]
         row["hashes"], row["queues"] = self.file.address, queues
-        row["payload"] = self._memory.address
+        row["payload"], row["stages"] = self._memory.address, self.staging.address
         row["request"], row["response"] = self._memory.address + 4096, self._memory.address + 4096 + 64
 
     @property
     def address(self) -> int:
         """The address of the CONTROL."""
         return int(self.record.ctypes.data)
+
+
+@dataclass
+class _Release:
+    """As a mapping is given back, so are those that the guest has asked for."""
+
+    control: Control
+    worker: Worker
+
+    def unmap(self) -> None:
+        self.control.staging.release(self.worker)
 
 
 def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state: QueueState, recover: bool) -> None:
@@ -71,6 +85,8 @@ def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state:
     assert device.counters is not None
     domid = device.ident.domid
     control = Control(device, keys, len(device.queues) - 1, recover=recover)
+    # Before what may fail: whatever it has set aside or mapped is given back with the others.
+    state.mappings.append(_Release(control, worker))
     state.mappings.append(device.context.platform.grants.map(domid, [keys.gref]))
     state.tx_port = state.rx_port = worker.events.bind_interdomain(domid, keys.port)
     handle = worker.new_ring(device, state.tx_port)
@@ -78,7 +94,7 @@ def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state:
     end = np.zeros(1, ringlib.RING_END)
     state.keep += [end, control]
     size = netif.CTRL_ENTRY_SIZE
-    if ringlib.back_end(end.ctypes.data, state.mappings[0].address, RING_SLOTS, size) == ringlib.CORRUPT:
+    if ringlib.back_end(end.ctypes.data, state.mappings[1].address, RING_SLOTS, size) == ringlib.CORRUPT:
         raise ProtocolViolation(domid, str(device.ident), "control ring: indices that no ring can have")
     row = handle.record
     row["step"], row["finish"] = address_of(control_ring.step_control), address_of(queue.finish)
@@ -86,6 +102,9 @@ def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state:
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, domid
     row["stats"] = device.counters.address(0)
     device.port.record[0]["hashes"] = control.file.address
+    for other in device.queues[:-1]:
+        for q_ring in other.handles:
+            q_ring.record["priv"] = control.staging.at(device.queues.index(other))
 
 
 def forget(device: VifBackend) -> None:

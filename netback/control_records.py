@@ -17,6 +17,8 @@ MOST_KEY = 40
 """Bytes of a key (XEN_NETBK_MAX_HASH_KEY_SIZE of Linux): what is behind it in a longer one is never reached."""
 MOST_MAPPING = 128
 """Entries of a mapping table (XEN_NETBK_MAX_HASH_MAPPING_SIZE)."""
+MOST_STAGED = 512
+"""Grefs of a queue that are kept mapped: as many as a list of them has room for, and as a queue of netfront has."""
 MOST_HASHED = 36
 """Bytes of a packet that are hashed: of IPV6_TCP."""
 
@@ -41,6 +43,9 @@ HASHES = np.dtype([("which", "i8"), ("hash", HASH, (2,))], align=True)
 """`which` of the two is in force: the first field."""
 FIRST_HASH_AT: int = HASHES.fields["hash"][1]  # type: ignore[index]
 
+DO_NOTHING, DO_FETCH, DO_MAP, DO_STORE = range(4)
+"""CONTROL.next: it is answered; bytes of its page are wanted; the grefs in the payload are to be mapped; the payload is
+to be written back to its page."""
 CONTROL = np.dtype(
     [
         ("hashes", "i8"),  # address of a HASHES
@@ -48,11 +53,15 @@ CONTROL = np.dtype(
         ("request", "i8"),  # address of a private copy of the request
         ("response", "i8"),  # ... and of its response
         ("payload", "i8"),  # ... and of what it names, once that is here: a page
-        # What `look` and `conclude` say of the request.
-        ("status", "i8"),  # CTRL_*
+        ("stages", "i8"),  # address of STAGE[queues]
+        # What is said of the request.
+        ("next", "i8"),  # DO_*
+        ("status", "i8"),  # CTRL_*, once it is answered
         ("data", "i8"),
-        ("gref", "i8"),  # the page to be fetched from,
-        ("fetch", "i8"),  # ... and how many bytes; 0: the request is answered
+        ("gref", "i8"),  # the page to be fetched from, or written to,
+        ("nbytes", "i8"),  # ... and how many bytes
+        ("stage", "i8"),  # address of the STAGE that it is about,
+        ("count", "i8"),  # ... and how many grefs the payload lists
     ],
     align=True,
 )

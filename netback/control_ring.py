@@ -6,30 +6,33 @@ packet. Few are served in a visit: each may be a system call or more, and the ne
 
 from __future__ import annotations
 
-from pvdrivers.worker.batch import op_at, seam_of
+from pvdrivers.platform import OP_READONLY, OP_TO_GUEST
+from pvdrivers.worker.batch import map_batch, op_at, seam_of, unmap_batch
 from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import V_OVERFLOW
 from rings.atomics import call, i64, records
 from rings.jit import kernel, seam_function
-from rings.netif import CTRL_RESPONSE
+from rings.netif import CTRL_RESPONSE, CTRL_SUCCESS, GREF, GREF_readonly
 from rings.ring import CORRUPT, RING_END, advance, available, copy_message, put_part
 
-from .control import conclude, look, request_at
-from .control_records import control_at
+from .control import conclude, look, mapped, request_at, stored
+from .control_records import DO_FETCH, DO_MAP, DO_STORE, control_at
 from .records import port_at
+from .staging import stage_at
 
 MOST = 4
 """Requests that are served in a visit."""
+_GREF_SIZE = GREF.itemsize
 _RESPONSE_SIZE = CTRL_RESPONSE.itemsize
 
 
 @kernel
-def _fetch(wa: int, ra: int) -> int:
-    """What the request names, to private memory: GNTST_*."""
+def _copy(wa: int, ra: int, flags: int) -> int:
+    """Between the page that the request names and the payload: GNTST_*."""
     c = control_at(ring_at(ra)["priv"])
     op = op_at(worker_at(wa)["ops"], 0)
-    op["address"], op["flags"] = c["payload"], 0
-    op["gref"], op["domid"], op["offset"], op["length"] = c["gref"], ring_at(ra)["domid"], 0, c["fetch"]
+    op["address"], op["flags"] = c["payload"], flags
+    op["gref"], op["domid"], op["offset"], op["length"] = c["gref"], ring_at(ra)["domid"], 0, c["nbytes"]
     seam = seam_of(wa)
     call(seam["grant_copy"], seam["grant_ctx"], worker_at(wa)["ops"], 1, 0)
     stats_at(ring_at(ra)["stats"])["grants_copied"] += 1
@@ -37,11 +40,42 @@ def _fetch(wa: int, ra: int) -> int:
 
 
 @kernel
-def _serve(wa: int, ra: int) -> None:
+def _map(wa: int, ra: int) -> None:
+    """What the payload lists, in one call; and if one of it cannot be had, none."""
     ca = ring_at(ra)["priv"]
+    c = control_at(ca)
+    ops, n = worker_at(wa)["ops"], i64(c["count"])
+    for k in range(n):
+        wanted = records(c["payload"] + k * _GREF_SIZE, 1, GREF)[0]
+        op = op_at(ops, k)
+        op["gref"], op["domid"] = wanted["ref"], ring_at(ra)["domid"]
+        op["flags"] = OP_READONLY if wanted["flags"] & GREF_readonly != 0 else 0
+    map_batch(wa, n)
+    unmaps = mapped(ca, ops)
+    stats = stats_at(stage_at(c["stage"])["stats"])
+    if c["status"] == CTRL_SUCCESS:
+        stats["grants_mapped"] += n
+    else:
+        stats["map_failures"] += n - unmaps
+    unmap_batch(wa, ops, unmaps)
+
+
+@kernel
+def _serve(wa: int, ra: int) -> None:
+    """One request, to its answer."""
+    ca = ring_at(ra)["priv"]
+    c = control_at(ca)
     look(ca)
-    if control_at(ca)["fetch"] != 0:
-        conclude(ca, _fetch(wa, ra))
+    if c["next"] == DO_FETCH:
+        conclude(ca, _copy(wa, ra, 0))
+    if c["next"] == DO_MAP:
+        _map(wa, ra)
+    elif c["next"] == DO_STORE:
+        status = _copy(wa, ra, OP_TO_GUEST)
+        unmap_batch(wa, worker_at(wa)["ops"], stored(ca, status, worker_at(wa)["ops"]))
+    else:
+        return
+    stats_at(stage_at(c["stage"])["stats"])["persistent_held"] = stage_at(c["stage"])["used"]
 
 
 @kernel

@@ -55,6 +55,7 @@ PACKET = np.dtype(
         ("tell", "i8"),  # ... and what its receiver is told, in the same way
         # Filled in behind `plan`: where its bytes are, and what they say.
         ("domid", "i8"),  # whose grefs its fragments name
+        ("stage", "i8"),  # address of a STAGE with those of them that are mapped, or 0
         ("data", "i8"),  # address of a private copy of its first bytes: the only ones that are ever looked at
         ("have", "i8"),  # how many these are; the others go from page to page
         ("want", "i8"),  # ... and are to be
@@ -160,7 +161,8 @@ SWITCH = np.dtype(
         ("n_deliveries", "i8"),
         ("n_ops", "i8"),  # copies in the worker's batch
         ("page", "i8"),  # the receiver's page that is being filled: its gref,
-        ("page_at", "i8"),  # ... and from where on it is empty
+        ("page_at", "i8"),  # ... from where on it is empty,
+        ("page_in", "i8"),  # ... and its address, if it is mapped, or 0
         ("scratch", "i8"),  # 64 bytes
     ],
     align=True,

@@ -37,6 +37,7 @@ from .netfront_control import warm as warm_control
 from .netfront_hash import ALL_TYPES, Hash, apply
 from .netfront_queue import Queue
 from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
+from .netfront_staging import stage
 from .watches import Watches
 
 __all__ = ["CSUM_BLANK", "CSUM_NONE", "CSUM_VALID", "Frame", "Netfront", "warm"]
@@ -93,6 +94,8 @@ class Netfront(Frontend):
         self._trusted = trusted
         self.control: ControlRing | None = None
         """For requests that no method here makes; None if the backend has none."""
+        self.staged = 0
+        """Pages that the backend keeps mapped (staging grants)."""
         self._hash: Hash | None = None
         self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
         self._frames = np.zeros((2, _BATCH), FRAME)
@@ -224,6 +227,15 @@ class Netfront(Frontend):
         except OSError as error:  # packets come all the same, by whatever queue
             log.warning("vif %s: its hash is not set: %s", self.name, error)
 
+    def _stage(self, ring: ControlRing) -> None:
+        """Before the first packet: what is not kept mapped is copied, and so is all of it if this fails."""
+        self.staged = 0
+        try:
+            for queue in self.queues if self._wishes.staging and ring.active else ():
+                self.staged += stage(ring, queue.index, *queue.grefs(), 5.0)
+        except OSError as error:
+            log.warning("vif %s: not all of its pages stay mapped: %s", self.name, error)
+
     def _open_control(self) -> tuple[int, int] | None:
         if not (self.offer.control and self._wishes.control):
             if self.control is not None:
@@ -271,6 +283,7 @@ class Netfront(Frontend):
         if self.control is not None:
             self.control.activate()
             self._hash_again(self.control)
+            self._stage(self.control)
         self._connected()
         self._say(new)  # whoever waits for this expects that it receives
 
@@ -303,7 +316,7 @@ class Netfront(Frontend):
             for queue in self.queues
         ]
         totals = {name: sum(q[name] for q in per_queue) for name in (*names, "stuck_grants")}
-        return {"state": self.state.name, **totals, "queues": per_queue}
+        return {"state": self.state.name, **totals, "staged": self.staged, "queues": per_queue}
 
 
 def warm() -> None:

@@ -33,7 +33,7 @@ class Offer:
 class Wishes:
     """What a frontend takes: packets of many pages, of many segments, and with checksums that are to be completed.
 
-    And what it makes use of: an event channel for each ring, a control ring.
+    And what it makes use of: an event channel for each ring, a control ring, pages that stay mapped in the backend.
     """
 
     sg: bool = True
@@ -42,6 +42,7 @@ class Wishes:
     csum6: bool = True
     split: bool = True
     control: bool = True
+    staging: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ def toeplitz(key: bytes, data: bytes) -> int:
     return value
 
 
+def mappable(gref: int) -> bool:
+    """Of the grefs of these tests, those that a guest has granted."""
+    return gref % 8 != 7
+
+
 @dataclass
 class Vif:
     """What one guest has set. `page` of a request is what is behind its gref, None if nothing is."""
@@ -33,6 +38,8 @@ class Vif:
     types: int = 0
     key: bytes = b""
     mapping: list[int] = field(default_factory=list)
+    limit: int = 512
+    staged: dict[tuple[int, int], int] = field(default_factory=dict)  # (queue, gref) -> its flags
 
     def request(self, kind: int, data: tuple[int, int, int], page: bytes | None) -> Answer:
         """(status, data) of the response."""
@@ -69,9 +76,43 @@ class Vif:
                 if any(entry >= self.queues for entry in entries):
                     return INVALID, 0
                 self.mapping[offset : offset + size] = entries
+            case netif.CTRL_GET_GREF_MAPPING_SIZE:
+                return (OKAY, self.limit) if data[0] < self.queues else (INVALID, 0)
+            case netif.CTRL_ADD_GREF_MAPPING | netif.CTRL_DEL_GREF_MAPPING:
+                if data[0] >= self.queues:
+                    return INVALID, 0
+                if not self.limit:
+                    return NOT_SUPPORTED, 0
+                if data[2] > 512 or (data[2] and page is None):
+                    return INVALID, 0
+                entries = list(struct.iter_unpack("<IHH", (page or b"")[: data[2] * 8]))
+                return (self.add if kind == netif.CTRL_ADD_GREF_MAPPING else self.delete)(data[0], entries)
             case _:
                 return NOT_SUPPORTED, 0
         return OKAY, 0
+
+    def add(self, queue: int, entries: list[tuple[int, int, int]]) -> Answer:
+        wanted = {(queue, gref): flags for gref, flags, _ in entries}
+        there = sum(q == queue for q, _ in self.staged)
+        wrong = any(flags > 1 or not mappable(gref) for gref, flags, _ in entries)
+        twice = len(wanted) < len(entries) or wanted.keys() & self.staged.keys()
+        if wrong or twice or there + len(wanted) > self.limit:
+            return INVALID, 0
+        self.staged |= wanted
+        return OKAY, 0
+
+    def delete(self, queue: int, entries: list[tuple[int, int, int]]) -> Answer:
+        """`statuses` are those of the list then; `writable` says whether the guest can be told."""
+        before = dict(self.staged)
+        found = [self.staged.pop((queue, gref), None) for gref, _, _ in entries]
+        self.statuses = [INVALID if flags is None else OKAY for flags in found]
+        if entries and not self.writable:
+            self.staged = before
+            return INVALID, 0
+        return OKAY, self.statuses.count(OKAY)
+
+    statuses: list[int] = field(default_factory=list)
+    writable: bool = True
 
     def hash(self, version: int, ip: bytes, ports: bytes | None) -> Answer | None:
         """(type, hash) of a packet with this IP header; `ports` are those of TCP."""

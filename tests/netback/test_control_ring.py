@@ -15,8 +15,8 @@ from pvdrivers.frontends.netfront_keys import Wishes
 from rings import netif
 
 from .conftest import Guest, until
+from .control_bed import KEY, ipv4, ipv6
 from .naive_control import Vif
-from .test_request_control import KEY, ipv4, ipv6
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 

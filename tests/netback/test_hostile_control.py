@@ -18,10 +18,10 @@ from rings import netif
 from rings.ring import RING_END
 
 from .conftest import Guest, until
+from .control_bed import KEY, REQUESTS, mapping
 from .naive_control import INVALID, OVERFLOW, Vif
 from .test_control_ring import came, flow
 from .test_hostile import NO_GREF, logged, talk
-from .test_request_control import KEY, REQUESTS, mapping
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 
@@ -77,7 +77,7 @@ def test_requests_of_any_kind(net: Any) -> None:
         if by_page:
             gref = ring._grefs[1] if has else NO_GREF
         elif kind in (8, 9, 10):
-            return  # netback.staging's
+            return  # test_staging's
         put(liar, (kind & 0xFF, kind, gref, x, y))
         status, data = twin.request(kind, (gref, x, y), page.ljust(4096, b"\0") if has else None)
         assert answers(liar, 1) == [(kind & 0xFF, kind, status, data)]

@@ -11,106 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.control import conclude, look
-from netback.control_records import CONTROL, HASHES, MOST_KEY, MOST_MAPPING
+from netback.control_records import HASHES
 from netback.extras import count_extras, put_extras
 from netback.frame import parse
 from netback.hashing import choose_queue, flow_hash
-from netback.records import PACKET, PORT
+from netback.records import PACKET
 from rings import netif
 from rings.ring import RING_END, back_end
-from tests.netback.naive_control import ALL, INVALID, NOT_SUPPORTED, OKAY, OVERFLOW, Answer, Vif
+from tests.netback.control_bed import KEY, QUEUES, REQUESTS, Bed, grefs, hashing, ipv4, ipv6, mapping
+from tests.netback.naive_control import ALL, INVALID, NOT_SUPPORTED, OKAY, OVERFLOW, Answer
 from tests.rings.guard import Guarded
 from tests.rings.headers import Require, toeplitz_by_c
-
-QUEUES = 3
-KEY = bytes.fromhex("6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa")
-"""Microsoft's, "Verifying the RSS hash calculation"."""
-GNTST_bad_gntref = -3
-
-
-class Bed:
-    """A CONTROL with its memory, an inaccessible page behind each part; and the twin beside it."""
-
-    def __init__(self, queues: int = QUEUES) -> None:
-        self.control, self.hashes, self.payload = Guarded(CONTROL.itemsize), Guarded(HASHES.itemsize), Guarded(4096)
-        self.request = Guarded(netif.CTRL_REQUEST.itemsize)
-        self.row = self.control.bytes.view(CONTROL)[0]
-        self.row["hashes"], self.row["queues"] = self.hashes.address, queues
-        self.row["request"], self.row["payload"] = self.request.address, self.payload.address
-        self.port = np.zeros(1, PORT)
-        self.port[0]["hashes"], self.port[0]["n_out"] = self.hashes.address, queues
-        self.twin = Vif(queues)
-
-    def ask(self, kind: int, *data: int, page: bytes | None = None) -> Answer:
-        """The response, held against the twin's; and what is in force."""
-        words = (*data, 0, 0, 0)[:3]
-        self.request.fill(struct.pack("<HH3I", 7, kind, *words))
-        look(self.control.address)
-        if self.row["fetch"]:
-            assert 0 < self.row["fetch"] <= 4096
-            assert self.row["gref"] == words[0]
-            self.payload.bytes[:] = 0xEE  # of another request
-            if page is not None:
-                n = int(self.row["fetch"])
-                self.payload.fill(page[:n].ljust(n, b"\0"))
-            conclude(self.control.address, 0 if page is not None else GNTST_bad_gntref)
-        for memory in (self.control, self.hashes, self.payload, self.request):
-            memory.check()
-        got = int(self.row["status"]), int(self.row["data"])
-        assert got == self.twin.request(kind, words, None if page is None else page.ljust(4096, b"\0"))
-        self.same()
-        return got
-
-    def same(self) -> None:
-        all = self.hashes.bytes.view(HASHES)[0]
-        h = all["hash"][all["which"] & 1]
-        assert (h["algorithm"], h["types"], h["entries"]) == (
-            self.twin.algorithm, self.twin.types, len(self.twin.mapping),
-        )  # fmt: skip
-        assert h["key"].tobytes() == self.twin.key.ljust(MOST_KEY, b"\0")
-        assert h["mapping"].tolist() == self.twin.mapping + [0] * (MOST_MAPPING - len(self.twin.mapping))
-
-    def send(self, frame: bytes, said: Answer | None = None) -> tuple[int, Answer | None]:
-        """The queue of a packet and what is told with it, held against the twin's."""
-        data, packet = Guarded(len(frame)).fill(frame), np.zeros(1, PACKET)
-        pa = packet.ctypes.data
-        packet[0]["data"], packet[0]["have"] = data.address, len(frame)
-        packet[0]["said"] = 0 if said is None else said[0] << 32 | said[1]
-        parse(pa)
-        queue = int(choose_queue(self.port.ctypes.data, pa, self.twin.queues))
-        tell = int(packet[0]["tell"])
-        told = (tell >> 32, tell & 0xFFFFFFFF) if tell else None
-        version, ports = int(packet[0]["l3"]), None
-        if packet[0]["csum_at"] - packet[0]["l4"] == 16:
-            ports = frame[packet[0]["l4"] :][:4]
-        found = self.twin.hash(version, frame[packet[0]["ip"] :], ports)
-        assert (queue, told) == self.twin.steer(found, said, int(packet[0]["hash"]))
-        return queue, told
-
-
-def ipv4(protocol: int = 6, *, options: bytes = b"", fragment: int = 0, ports: bytes = b"\x0a\xea\x06\xe6") -> bytes:
-    head = bytes([0x45 + len(options) // 4, 0, 0, 60, 0, 0]) + fragment.to_bytes(2, "big") + bytes([64, protocol, 0, 0])
-    return bytes(12) + b"\x08\0" + head + bytes([66, 9, 149, 187, 161, 142, 100, 80]) + options + ports + bytes(20)
-
-
-def ipv6(protocol: int = 6, ports: bytes = b"\x0a\xea\x06\xe6") -> bytes:
-    addresses = bytes.fromhex("3ffe250102001fff0000000000000007" "3ffe2501020000030000000000000001")
-    return bytes(12) + b"\x86\xdd" + bytes([0x60, 0, 0, 0, 0, 60, protocol, 64]) + addresses + ports + bytes(20)
-
-
-def hashing(types: int = ALL, mapping: int = 0) -> Bed:
-    bed = Bed()
-    bed.ask(netif.CTRL_SET_HASH_ALGORITHM, netif.HASH_ALGORITHM_TOEPLITZ)
-    bed.ask(netif.CTRL_SET_HASH_FLAGS, types)
-    bed.ask(netif.CTRL_SET_HASH_KEY, 9, 40, page=KEY)
-    bed.ask(netif.CTRL_SET_HASH_MAPPING_SIZE, mapping)
-    return bed
-
-
-def mapping(*entries: int) -> bytes:
-    return struct.pack(f"<{len(entries)}I", *entries)
-
 
 # Every status of every type
 
@@ -174,6 +85,49 @@ def test_xsa_270_a_mapping_beyond_its_table(offset: int) -> None:
     bed = hashing(mapping=128)
     assert bed.ask(netif.CTRL_SET_HASH_MAPPING, 9, 128, offset, page=mapping(*[1] * 128)) == (INVALID, 0)
     assert bed.ask(netif.CTRL_SET_HASH_MAPPING, 9, 0xFFFFFFFF, offset, page=mapping(1)) == (OVERFLOW, 0)
+
+
+ADD, DEL = netif.CTRL_ADD_GREF_MAPPING, netif.CTRL_DEL_GREF_MAPPING
+
+
+def test_grefs() -> None:
+    bed = Bed(limit=4)
+    for queue, want in ((0, (OKAY, 4)), (QUEUES - 1, (OKAY, 4)), (QUEUES, (INVALID, 0)), (0xFFFFFFFF, (INVALID, 0))):
+        assert bed.ask(netif.CTRL_GET_GREF_MAPPING_SIZE, queue) == want
+        assert bed.ask(ADD, queue, 9, 0) == (want[0], 0)
+    assert bed.ask(ADD, 0, 9, 2, page=grefs(8, 9)) == (OKAY, 0)
+    assert bed.ask(ADD, 0, 9, 1, page=grefs(8)) == (INVALID, 0), "there already"
+    assert bed.ask(ADD, 0, 9, 2, page=grefs(10, 10)) == (INVALID, 0), "twice in a list"
+    assert bed.ask(ADD, 0, 9, 2, page=grefs(10, 15)) == (INVALID, 0), "one cannot be mapped"
+    assert bed.ask(ADD, 0, 9, 1, page=grefs(10, flags=2)) == (INVALID, 0), "a flag that there is not"
+    assert bed.ask(ADD, 0, 9, 3, page=grefs(10, 11, 12)) == (INVALID, 0), "no room"
+    assert bed.ask(ADD, 0, 9, 2, page=grefs(10, 11, flags=1)) == (OKAY, 0)
+    assert bed.ask(ADD, 0, 9, 1) == bed.ask(DEL, 0, 9, 1) == (INVALID, 0), "no such page"
+    assert bed.ask(DEL, 0, 9, 2, page=grefs(8, 9), writable=False) == (INVALID, 0), "it cannot be told"
+    assert bed.ask(DEL, 0, 9, 4, page=grefs(8, 12, 11, 8)) == (OKAY, 2)
+    assert bed.ask(DEL, 1, 9, 1, page=grefs(9)) == (OKAY, 0), "another queue's"
+    for entries in (513, 0x20000000, 0xFFFFFFFF):
+        assert bed.ask(ADD, 0, 9, entries, page=grefs(13)) == bed.ask(DEL, 0, 9, entries, page=b"") == (INVALID, 0)
+    none = Bed(limit=0)
+    assert none.ask(netif.CTRL_GET_GREF_MAPPING_SIZE, 0) == (OKAY, 0)
+    assert none.ask(ADD, 0, 9, 1, page=grefs(8)) == none.ask(DEL, 0, 9, 1, page=grefs(8)) == (NOT_SUPPORTED, 0)
+
+
+LISTS = st.lists(
+    st.builds(struct.pack, st.just("<IHH"), st.integers(0, 79), st.sampled_from([0, 0, 0, 1, 1, 2]), st.just(9)),
+    max_size=12,
+).map(b"".join)  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([ADD, ADD, DEL]), st.integers(0, 2), LISTS, st.booleans()), max_size=30),
+    st.sampled_from([1, 5, 20]),
+)
+def test_any_lists_of_grefs(steps: list[Any], limit: int) -> None:
+    """What is mapped is what the twin has, and every handle is given back once."""
+    bed = Bed(2, limit)
+    for kind, queue, page, writable in steps:
+        bed.ask(kind, queue, 9, len(page) // 8, page=page, writable=writable)
 
 
 @pytest.mark.parametrize("kind", [0, 11, 255, 0xFFFF])
@@ -267,14 +221,6 @@ def test_a_vif_with_fewer_queues_than_its_table_was_made_for() -> None:
     assert 0 <= choose_queue(bed.port.ctypes.data, packet.ctypes.data, 1) < 1
 
 
-WORDS = st.one_of(
-    st.integers(0, 5), st.integers(0, 130), st.sampled_from([0x7FFFFFFF, 0x80000000, 0xFFFFFF80, 0xFFFFFFFF]),
-    st.integers(0, 0xFFFFFFFF),
-)  # fmt: skip
-REQUESTS = st.tuples(
-    st.one_of(st.integers(1, 7), st.integers(0, 12), st.integers(0, 0xFFFF)), WORDS, WORDS, WORDS,
-    st.one_of(st.none(), st.binary(max_size=64), st.lists(st.integers(0, 4), max_size=128).map(lambda x: mapping(*x))),
-)  # fmt: skip
 FRAMES = st.one_of(
     st.binary(min_size=14, max_size=128),
     st.builds(ipv4, st.sampled_from([1, 6, 17]), ports=st.binary(min_size=4, max_size=4)),
