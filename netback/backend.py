@@ -14,6 +14,7 @@ from pvdrivers.worker.records import V_CLASS
 from rings import netif
 
 from .attach import attach_ring, wake_guest
+from .control_attach import ControlKeys, attach_control, forget, parse_control
 from .params import VifSpec, vif_of
 from .records import (
     ACCEPTS_CSUM4,
@@ -48,6 +49,7 @@ class Front:
 
     accepts: int
     queues: list[QueueKeys] = field(default_factory=list)
+    control: ControlKeys | None = None
 
 
 def parse_front(front: FrontKeys, most_queues: int) -> Front:
@@ -79,9 +81,13 @@ def parse_front(front: FrontKeys, most_queues: int) -> Front:
             names = (netif.KEY_EVENT_CHANNEL, netif.KEY_EVENT_CHANNEL)
         tx_port, rx_port = (keys.int_key(name, None, 1, 0xFFFFFFFF) for name in names)
         out.queues.append(QueueKeys(tx, rx, tx_port, rx_port))
-    grefs = {gref for q in out.queues for gref in (q.tx_gref, q.rx_gref)}
+    grefs = [gref for q in out.queues for gref in (q.tx_gref, q.rx_gref)]
     ports = [{q.tx_port, q.rx_port} for q in out.queues]
-    if len(grefs) != 2 * n or len(set().union(*ports)) != sum(map(len, ports)):
+    out.control = parse_control(front)
+    if out.control is not None:
+        grefs.append(out.control.gref)
+        ports.append({out.control.port})
+    if len(set(grefs)) != len(grefs) or len(set().union(*ports)) != sum(map(len, ports)):
         raise front.violation("two rings name the same page, or two queues the same event channel")
     return out
 
@@ -97,7 +103,7 @@ class VifBackend(Device):
         self.port = Port(str(ident))
         self.switch: Switch | None = None
         self.counters: StatsFile | None = None
-        self.queues: list[QueueState] = []
+        self.queues: list[QueueState] = []  # the last may be the control ring's
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
@@ -111,6 +117,7 @@ class VifBackend(Device):
             netif.KEY_RX_FLIP: 0,
             netif.KEY_SPLIT_EVENTS: 1,
             netif.KEY_MAX_QUEUES: self.spec.queues,
+            netif.KEY_CTRL_RING: 1,
         }
 
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
@@ -119,7 +126,7 @@ class VifBackend(Device):
         There is nothing to recover but the rings themselves: see `queue`.
         """
         assert self.spec is not None
-        self.disconnect()
+        self._release()
         said = parse_front(front, self.spec.queues)
         try:
             self._connect_queues(said, recover)
@@ -139,7 +146,7 @@ class VifBackend(Device):
         self.port.mac = self.spec.mac
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
-        row["handed_over"] = row["n_out"] = 0
+        row["handed_over"] = row["n_out"] = row["hashes"] = 0
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.worker)
             self.queues.append(state)
@@ -151,6 +158,9 @@ class VifBackend(Device):
                 state.rx_port = state.worker.events.bind_interdomain(domid, keys.rx_port)
             row["out"][q] = attach_ring(self, state, q, tx=False).address
             attach_ring(self, state, q, tx=True)
+        if said.control is not None:
+            self.queues.append(QueueState(self.switch.worker))
+            attach_control(self, self.switch.worker, said.control, self.queues[-1], recover)
         self.switch.join(self.port)
         for state in self.queues:
             if recover:
@@ -158,7 +168,7 @@ class VifBackend(Device):
             for handle in state.handles:
                 state.worker.attach(handle)
                 state.attached.append(handle)
-        row["n_out"] = len(self.queues)
+        row["n_out"] = len(said.queues)
 
     def _count(self, said: Front, recover: bool) -> None:
         assert self.spec is not None
@@ -177,6 +187,7 @@ class VifBackend(Device):
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
         self._release()
+        forget(self)
 
     def hand_over(self) -> None:
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""
@@ -230,9 +241,10 @@ class QueueState:
 
 def warm() -> None:
     """Compile all that serves a vif, before the first InitWait."""
-    from . import attach, queue
+    from . import attach, queue, staging_share
 
     attach.warm()
+    staging_share.warm()
     del queue
 
 

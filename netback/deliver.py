@@ -1,7 +1,7 @@
 """A packet into the receiving guest's pages: one copy, from page to page, in batches.
 
-A packet takes slots of the receiver's rx ring in order, one for each 4096 bytes and one for what is said of its
-segments, and each is answered in its own place (Linux's netfront does not look at the id). The first bytes come from
+A packet takes slots of the receiver's rx ring in order, one for each page that it fills and one for each thing that is
+said of it, and each is answered in its own place (Linux's netfront does not look at the id). The first bytes come from
 our private copy, so that what the receiver gets is what the switch has looked at (XSA-155); the others are copied from
 the sender's granted page straight into the receiver's, and neither is ever mapped.
 
@@ -18,10 +18,9 @@ from pvdrivers.platform import OP_BETWEEN, OP_TO_GUEST
 from pvdrivers.worker.batch import OP_SIZE, op_at, seam_of
 from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_ACTIVE, V_OVERFLOW
-from rings.atomics import call, copy_in, i64, load16, records, store64
+from rings.atomics import call, copy_bytes, copy_in, i64, load16, records
 from rings.jit import inline, kernel
 from rings.netif import (
-    EXTRA_GSO,
     RSP_ERROR,
     RX_ENTRY_SIZE,
     RX_REQUEST,
@@ -33,6 +32,8 @@ from rings.netif import (
 )
 from rings.ring import CORRUPT, RING_END, available, slot
 
+from .extras import count_extras, put_extras
+from .hashing import choose_queue
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -42,6 +43,7 @@ from .records import (
     MAX_DELIVERIES,
     MAX_SLOTS,
     MOST_BYTES,
+    MOST_HEADROOM,
     N_DROPPED,
     N_FAILED,
     N_RECEIVED,
@@ -52,10 +54,11 @@ from .records import (
     port_at,
     switch_at,
 )
+from .staging import page_of
 
 _I8 = np.dtype(np.int64)
 _PAGE = 4096
-MOST_COPIES = MAX_SLOTS + MOST_BYTES // _PAGE + 1
+MOST_COPIES = MAX_SLOTS + MOST_BYTES // (_PAGE - MOST_HEADROOM) + 1
 """Of a packet: a new one begins with each fragment, with each page, and where the private bytes end."""
 
 
@@ -121,37 +124,40 @@ def begin(swa: int) -> None:
 
 
 @inline
-def _open_page(swa: int, ra: int, nbytes: int, flags: int) -> None:
-    """Take the next slot of the receiver, and answer it: `nbytes` will be in its page."""
+def _open_page(swa: int, ra: int, headroom: int, nbytes: int, flags: int) -> None:
+    """Take the next slot of the receiver, and answer it: `nbytes` will be in its page, behind so much headroom.
+
+    A response counts that as bytes of its own, from offset 0 on, and only the extra says what it is: as Linux has it
+    (xenvif_rx_data_slot).
+    """
     end = ring_at(ra)["end"]
     e = records(end, 1, RING_END)[0]
     sw = switch_at(swa)
     at = slot(end, e["cons"])
     copy_in(sw["scratch"], at, RX_ENTRY_SIZE)
     request = records(sw["scratch"], 1, RX_REQUEST)[0]
-    sw["page"], sw["page_at"] = i64(request["gref"]), 0
-    put_rx_response(at, i64(request["id"]), 0, flags, nbytes)
-    e["cons"] = (e["cons"] + 1) & 0xFFFFFFFF
-    e["prod_pvt"] = e["cons"]
-
-
-@inline
-def _put_extra(swa: int, ra: int, pa: int) -> None:
-    """A slot that says what the segments are; the page behind it stays as it is."""
-    end = ring_at(ra)["end"]
-    e = records(end, 1, RING_END)[0]
-    packet = packet_at(pa)
-    # struct netif_extra_info: type, flags, then size, and the type of the segments
-    store64(slot(end, e["cons"]), EXTRA_GSO | packet["gso_size"] << 16 | packet["gso_type"] << 32)
+    sw["page"], sw["page_at"] = i64(request["gref"]), headroom
+    sw["page_in"] = page_of(ring_at(ra)["priv"], sw["page"], 1)
+    put_rx_response(at, i64(request["id"]), 0, flags, headroom + nbytes)
     e["cons"] = (e["cons"] + 1) & 0xFFFFFFFF
     e["prod_pvt"] = e["cons"]
 
 
 @inline
 def _copy(wa: int, swa: int, ra: int, address: int, length: int, flags: int) -> None:
-    """One copy more, to where the receiver's page is empty; what is on its way is owned by the last delivery."""
+    """One copy more, to where the receiver's page is empty; what is on its way is owned by the last delivery.
+
+    From memory of ours to a page that is mapped it is made at once.
+    """
     w = worker_at(wa)
     sw = switch_at(swa)
+    stats = stats_at(ring_at(ra)["stats"])
+    if sw["page_in"] != 0 and flags & OP_BETWEEN == 0:
+        copy_bytes(sw["page_in"] + sw["page_at"], address, length)
+        sw["page_at"] += length
+        stats["persistent_hits"] += 1
+        return
+    stats["grants_copied"] += 1
     n = sw["n_ops"]
     op = op_at(w["ops"], n)
     op["address"], op["flags"] = address, OP_TO_GUEST | flags
@@ -162,37 +168,37 @@ def _copy(wa: int, swa: int, ra: int, address: int, length: int, flags: int) -> 
 
 
 @inline
-def _flags(packet: Any, more: bool) -> int:
+def _flags(packet: Any, more: bool, extras: int) -> int:
     flags = i64(RXF_more_data) if more else i64(0)
     if packet["csum"] != CSUM_NONE:
         flags |= RXF_data_validated
     if packet["csum"] == CSUM_BLANK:
         flags |= RXF_csum_blank
-    if packet["gso_size"] != 0:
+    if extras != 0:
         flags |= RXF_extra_info
     return flags
 
 
 @kernel
-def _fill_pages(wa: int, swa: int, pa: int, ra: int) -> None:
+def _fill_pages(wa: int, swa: int, pa: int, ra: int, headroom: int, extras: int) -> None:
     """The bytes of a packet, page by page: first those that are private, then what its fragments still have."""
-    sw = switch_at(swa)
     packet = packet_at(pa)
     size, have = packet["size"], packet["have"]
     done = i64(0)
     fragment = i64(0)  # the one that byte `done` is in, and
     start = i64(0)  # ... where in the packet that begins
+    room = i64(0)  # in the page
     while done < size:
-        if done & (_PAGE - 1) == 0:
-            left = min(size - done, _PAGE)
+        if room == 0:
+            left = min(size - done, _PAGE - headroom)
             more = done + left < size
             if done == 0:
-                _open_page(swa, ra, left, _flags(packet, more))
-                if packet["gso_size"] != 0:
-                    _put_extra(swa, ra, pa)
+                _open_page(swa, ra, headroom, left, _flags(packet, more, extras))
+                if extras != 0:
+                    put_extras(ring_at(ra)["end"], pa, headroom)
             else:
-                _open_page(swa, ra, left, RXF_more_data if more else 0)
-        room = _PAGE - sw["page_at"]
+                _open_page(swa, ra, headroom, left, RXF_more_data if more else 0)
+            room = _PAGE - headroom
         if done < have:
             n = min(have - done, room)
             _copy(wa, swa, ra, packet["data"] + done, n, 0)
@@ -203,14 +209,21 @@ def _fill_pages(wa: int, swa: int, pa: int, ra: int) -> None:
             piece = fragment_at(pa, fragment)
             n = min(start + i64(piece["length"]) - done, room)
             offset = i64(piece["offset"]) + done - start
-            _copy(wa, swa, ra, i64(piece["gref"]) | offset << 32 | packet["domid"] << 48, n, OP_BETWEEN)
+            # Only where both are mapped: Xen copies by grefs, or from pages that are our own.
+            gref = i64(piece["gref"])
+            there = page_of(packet["stage"], gref, 0) if switch_at(swa)["page_in"] != 0 else i64(0)
+            if there != 0:
+                _copy(wa, swa, ra, there + offset, n, 0)
+            else:
+                _copy(wa, swa, ra, gref | offset << 32 | packet["domid"] << 48, n, OP_BETWEEN)
         done += n
+        room -= n
 
 
 @inline
-def _accepted(packet: Any, accepts: int) -> bool:
-    """Whether a receiver takes packets of this kind."""
-    if packet["size"] > _PAGE and accepts & ACCEPTS_SG == 0:
+def _accepted(packet: Any, accepts: int, pages: int) -> bool:
+    """Whether a receiver takes packets of this kind, which would fill so many pages."""
+    if pages > 1 and accepts & ACCEPTS_SG == 0:
         return False
     if packet["gso_size"] != 0 and accepts & (8 << packet["gso_type"]) == 0:
         return False
@@ -228,15 +241,18 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> None:
     queues = port["n_out"]
     if queues == 0:
         return
-    ra = port["out"][packet["hash"] % queues]
+    ra = port["out"][choose_queue(porta, pa, queues)]
     ring = ring_at(ra)
     if ring["state"] != RING_ACTIVE:
         return
     stats = stats_at(ring["stats"])
-    if not _accepted(packet, port["accepts"]):
+    headroom = port["headroom"]
+    pages = (packet["size"] + _PAGE - headroom - 1) // (_PAGE - headroom)
+    if not _accepted(packet, port["accepts"], pages):
         stats["kinds"][N_UNSUPPORTED] += 1
         return
-    need = (packet["size"] + _PAGE - 1) // _PAGE + (1 if packet["gso_size"] != 0 else 0)
+    extras = i64(count_extras(pa, headroom))
+    need = pages + extras
     n = available(ring["end"])
     if n == CORRUPT:
         mark_dead(ra, V_OVERFLOW)
@@ -252,7 +268,7 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> None:
     sw["n_deliveries"] += 1
     delivery["ring"], delivery["packet"], delivery["slots"] = ra, pa, need
     delivery["first"] = records(ring["end"], 1, RING_END)[0]["cons"]
-    _fill_pages(wa, swa, pa, ra)
+    _fill_pages(wa, swa, pa, ra, headroom, extras)
     stats["kinds"][N_RECEIVED] += 1
     stats["bytes_written"] += packet["size"]
     mark_due(wa, ra)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pvdrivers.worker.batch import op_at, seam_of
 from pvdrivers.worker.marks import stats_at, worker_at
-from rings.atomics import call, i64
+from rings.atomics import call, copy_in, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 
@@ -34,6 +34,7 @@ from .records import (
     port_at,
     switch_at,
 )
+from .staging import page_of, stage_at
 from .table import find, learn
 
 _PACKET_SIZE = PACKET.itemsize
@@ -106,9 +107,9 @@ def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
 
 
 @kernel
-def fetch(wa: int, swa: int, n: int) -> None:
-    """What the switch's first n packets want of their bytes, to private memory, in one call. Who lacks a page for it
-    is refused."""
+def fetch(wa: int, swa: int, n: int) -> int:
+    """What the switch's first n packets want of their bytes, to private memory, in one call: how many copies it was.
+    Who lacks a page for it is refused."""
     w = worker_at(wa)
     ops = i64(0)
     for k in range(n):
@@ -121,7 +122,11 @@ def fetch(wa: int, swa: int, n: int) -> None:
                 length = i64(fragment["length"])
                 skip = max(packet["have"] - start, 0)
                 take = min(length, packet["want"] - start) - skip
-                if take > 0:
+                there = page_of(packet["stage"], i64(fragment["gref"]), 0) if take > 0 else i64(0)
+                if there != 0:
+                    copy_in(packet["data"] + start + skip, there + i64(fragment["offset"]) + skip, take)
+                    stats_at(stage_at(packet["stage"])["stats"])["persistent_hits"] += 1
+                elif take > 0:
                     op = op_at(w["ops"], ops)
                     op["address"], op["flags"] = packet["data"] + start + skip, 0
                     op["gref"], op["domid"] = fragment["gref"], packet["domid"]
@@ -131,10 +136,10 @@ def fetch(wa: int, swa: int, n: int) -> None:
             packet["have"] = packet["want"]
         packet["last_op"] = ops
     if ops == 0:
-        return
+        return ops
     seam = seam_of(wa)
     if call(seam["grant_copy"], seam["grant_ctx"], w["ops"], ops, 0) == 0:
-        return
+        return ops
     at = i64(0)
     for k in range(n):
         packet = packet_at(packet_of(swa, k))
@@ -142,6 +147,7 @@ def fetch(wa: int, swa: int, n: int) -> None:
             if op_at(w["ops"], at)["status"] != 0:
                 packet["status"] = RSP_ERROR
             at += 1
+    return ops
 
 
 @inline
@@ -165,7 +171,7 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             if packet["to"] != TO_NOBODY and _each(wa, swa, porta, pa, 0) == 0:
                 packet["to"] = TO_NOBODY
                 stats_at(stats)["kinds"][N_NOBODY] += 1
-    fetch(wa, swa, n)
+    stats_at(stats)["grants_copied"] += fetch(wa, swa, n)
     for k in range(n):
         pa = packet_of(swa, k)
         packet = packet_at(pa)
@@ -173,4 +179,5 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             if packet["fill"] != 0:
                 fill_checksum(pa)
             _each(wa, swa, porta, pa, 1)
+        packet["said"] = 0  # of the next packet in its place nobody may have said anything
     flush(wa, swa)

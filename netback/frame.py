@@ -48,12 +48,13 @@ def _flow(data: int, found: int) -> int:
 
 @kernel
 def parse(pa: int) -> None:
-    """Fill in src, dst, l3, l4, csum_at and hash from the `have` >= 14 private bytes of a packet."""
+    """Fill in src, dst, l3, ip, l4, csum_at and hash from the `have` >= 14 private bytes of a packet."""
     packet = packet_at(pa)
     data = packet["data"]
     found = headers(data, packet["have"])
     packet["dst"], packet["src"] = mac_at(data), mac_at(data + 6)
     packet["l3"], packet["l4"], packet["csum_at"] = version_of(found), l4_at(found), checksum_at(found)
+    packet["ip"] = ip_at(found)
     packet["hash"] = _flow(data, found)
 
 

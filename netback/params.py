@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pvdrivers.device import BackKeys
 
+from .control_records import MOST_STAGED
 from .port import PortSpec, port_of
 
 __all__ = ["VifSpec", "vif_of"]
@@ -17,11 +18,13 @@ MOST_MTU = 65535
 
 @dataclass(frozen=True)
 class VifSpec:
-    """`mac` as a number, first byte lowest, 0 if there is none; `queues` 1 to the most that are offered."""
+    """`mac` as a number, first byte lowest, 0 if there is none; `queues` 1 to the most that are offered; `staging` is
+    how many grefs a queue may have kept mapped."""
 
     mac: int
     port: PortSpec
     queues: int
+    staging: int = MOST_STAGED
 
 
 def parse_mac(text: str) -> int:
@@ -41,4 +44,5 @@ def vif_of(params: BackKeys, most_queues: int) -> VifSpec:
         mac = parse_mac(text) if text else 0
     except ValueError as e:
         raise params.wrong("mac", str(e)) from None
-    return VifSpec(mac, port_of(params), params.int_key("queues", most_queues, 1, most_queues))
+    queues = params.int_key("queues", most_queues, 1, most_queues)
+    return VifSpec(mac, port_of(params), queues, params.int_key("staging", MOST_STAGED, 0, MOST_STAGED))

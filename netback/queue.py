@@ -60,10 +60,10 @@ def _take(ra: int, slots: int, n: int) -> None:
 
 
 @inline
-def _prepare(pa: int, domid: int) -> None:
+def _prepare(pa: int, ra: int) -> None:
     """Behind `plan`: what of it is to be private, and what is known of its checksum."""
     packet = packet_at(pa)
-    packet["domid"] = domid
+    packet["domid"], packet["stage"] = ring_at(ra)["domid"], ring_at(ra)["priv"]
     packet["have"], packet["want"] = 0, min(packet["size"], HEAD)
     packet["csum"] = CSUM_NONE
     if packet["flags"] & TXF_csum_blank != 0 or packet["gso_size"] != 0:
@@ -138,10 +138,10 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
         if packet["verdict"] == P_CONTROL:
             packet["status"] = RSP_ERROR  # there is no filter, and none was offered
         packet["at"] = at
-        _prepare(pa, ring["domid"])
+        _prepare(pa, ra)
         at += took
         packets += 1
-    fetch(wa, swa, packets)
+    stats_at(ring["stats"])["grants_copied"] += fetch(wa, swa, packets)
     forward(wa, swa, porta, packets, ring["stats"])
     for k in range(packets):
         _respond(ra, swa, packet_of(swa, k))

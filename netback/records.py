@@ -51,8 +51,11 @@ PACKET = np.dtype(
         ("gso_size", "i8"),
         ("mcast", "i8"),  # EXTRA_MCAST_ADD or _DEL, 0 neither
         ("mcast_addr", "i8"),  # ... and the address, first byte lowest
+        ("said", "i8"),  # its hash, by its sender: 32 bits, above them a type (HASH_*), 0 none
+        ("tell", "i8"),  # ... and what its receiver is told, in the same way
         # Filled in behind `plan`: where its bytes are, and what they say.
         ("domid", "i8"),  # whose grefs its fragments name
+        ("stage", "i8"),  # address of a STAGE with those of them that are mapped, or 0
         ("data", "i8"),  # address of a private copy of its first bytes: the only ones that are ever looked at
         ("have", "i8"),  # how many these are; the others go from page to page
         ("want", "i8"),  # ... and are to be
@@ -63,6 +66,7 @@ PACKET = np.dtype(
         ("src", "i8"),  # addresses, first byte lowest
         ("dst", "i8"),
         ("l3", "i8"),  # 4 or 6, 0 if it is neither
+        ("ip", "i8"),  # where that header begins
         ("l4", "i8"),  # where TCP or UDP begins, 0 if it does not
         ("csum_at", "i8"),  # ... and where its checksum is
         ("hash", "i8"),  # of its flow, 32 bits
@@ -92,6 +96,8 @@ def fragment_at(pa: int, k: int) -> Any:
 
 HEAD = 128
 """Bytes of a packet that are copied to private memory whatever becomes of it: all headers that we look into."""
+MOST_HEADROOM = 2048
+"""Bytes that a guest may want free before its data, in each page. Linux's netfront wants 256 (XDP_PACKET_HEADROOM)."""
 MOST_BYTES = 65536
 """Room for a whole packet."""
 BATCH = 32
@@ -121,6 +127,8 @@ PORT = np.dtype(
         ("accepts", "i8"),  # ACCEPTS_*
         ("handed_over", "i8"),  # the process ends, and leaves the guest to the next one
         ("learned", "i8"),  # addresses in the table
+        ("hashes", "i8"),  # address of the HASHES that its guest sets, 0 if it cannot
+        ("headroom", "i8"),  # bytes that its guest wants free before the data in each page
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
@@ -153,7 +161,8 @@ SWITCH = np.dtype(
         ("n_deliveries", "i8"),
         ("n_ops", "i8"),  # copies in the worker's batch
         ("page", "i8"),  # the receiver's page that is being filled: its gref,
-        ("page_at", "i8"),  # ... and from where on it is empty
+        ("page_at", "i8"),  # ... from where on it is empty,
+        ("page_in", "i8"),  # ... and its address, if it is mapped, or 0
         ("scratch", "i8"),  # 64 bytes
     ],
     align=True,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rings.atomics import i64, records
+from rings.atomics import i64, load64, records
 from rings.jit import inline, kernel
 from rings.netif import (
     EXTRA_FLAG_MORE,
@@ -40,6 +40,7 @@ from rings.netif import (
     TX_REQUEST,
     TXF_extra_info,
     TXF_more_data,
+    known_hash,
 )
 
 from .records import (
@@ -102,6 +103,14 @@ def _note_mcast(pa: int, at: int, kind: int) -> None:
     packet["mcast"], packet["mcast_addr"] = kind, value
 
 
+@inline
+def _note_hash(pa: int, at: int) -> None:
+    """What the sender says of its flow: a hint, so that one of no type or algorithm that there is says nothing."""
+    known = known_hash(load64(at))
+    if known != 0:
+        packet_at(pa)["said"] = known
+
+
 @kernel
 def _take_extras(pa: int, slots: int, n: int) -> None:
     """The extras behind the first request. The last one of a type counts, as in Linux."""
@@ -123,6 +132,8 @@ def _take_extras(pa: int, slots: int, n: int) -> None:
             _note_gso(pa, at)
         elif kind == EXTRA_MCAST_ADD or kind == EXTRA_MCAST_DEL:
             _note_mcast(pa, at, kind)
+        elif kind == EXTRA_HASH:
+            _note_hash(pa, at)
 
 
 @inline
@@ -186,6 +197,7 @@ def plan(pa: int, slots: int, n: int) -> int:
     packet["slots"], packet["extras"], packet["fragments"] = 1, 0, 0
     packet["size"], packet["flags"] = i64(first["size"]), i64(first["flags"])
     packet["gso_type"], packet["gso_size"], packet["mcast"], packet["mcast_addr"] = 0, 0, 0, 0
+    packet["said"] = 0
     if packet["flags"] & TXF_extra_info != 0:
         _take_extras(pa, slots, n)
         if packet["verdict"] == P_FATAL:

@@ -120,6 +120,23 @@ def put_rx_response(slot: int, id: int, offset: int, flags: int, status: int) ->
     store64(slot, (id & 0xFFFF) | (offset & 0xFFFF) << 16 | (flags & 0xFFFF) << 32 | (status & 0xFFFF) << 48)
 
 
+@inline
+def hash_extra(known: int) -> int:
+    """struct extra_hash as one number, of a hash with its type (HASH_*) above its 32 bits; its flags are 0."""
+    kind = known >> 32
+    number = 0 if kind == HASH_IPV4 else 1 if kind == HASH_IPV4_TCP else 2 if kind == HASH_IPV6 else 3
+    return EXTRA_HASH | i64(number) << 16 | HASH_ALGORITHM_TOEPLITZ << 24 | (known & 0xFFFFFFFF) << 32
+
+
+@inline
+def known_hash(extra: int) -> int:
+    """The other way round: what a struct extra_hash, as one number, says; 0 if its type or algorithm is none."""
+    number = extra >> 16 & 0xFF
+    if number > 3 or extra >> 24 & 0xFF != HASH_ALGORITHM_TOEPLITZ:
+        return i64(0)
+    return (extra >> 32 & 0xFFFFFFFF) | i64(1) << (32 + number)
+
+
 _U1 = np.dtype(np.uint8)
 
 

@@ -24,7 +24,7 @@ from pvdrivers.sim import toolstack
 from pvdrivers.storage.uri import DiskSpec, parse_disk
 from rings.vdev import vdev_name, vdev_number
 
-from .guest_net import NetSpec, describe_net, new_mac, parse_net
+from .guest_net import NetSpec, describe_net, new_mac, parse_net, spread
 
 _CONNECT = 30.0  # seconds; a backend may have to open an image on a slow disk
 _SECOND_TRY = 1.5  # seconds that a backend which reports an error may still come round
@@ -168,6 +168,8 @@ class Guest:
         vif = Netfront(self._platform, devid, queues=spec.queues, watches=self._watches)
         self.vifs.append(vif)
         self._connect(vif, backend)
+        if spec.hash:
+            spread(vif)
         if spec.tap:
             self._taps.append(netfront_tap.Tap(vif, spec.tap, mtu=spec.mtu))
         return vif

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from pvdrivers.errors import ConfigError
+from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.frontends.netfront import Netfront
 
-__all__ = ["NetSpec", "describe_net", "new_mac", "parse_net"]
+__all__ = ["NetSpec", "describe_net", "new_mac", "parse_net", "spread"]
 
+_MAPPING = 128  # what any backend with a control ring has room for
 _MOST_NAME = 15  # IFNAMSIZ with its zero
 
 
 @dataclass(frozen=True)
 class NetSpec:
-    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU."""
+    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU.
+
+    `hash`: packets come by the queue that a Toeplitz hash with a key of the guest's own says, not as the backend likes.
+    """
 
     bridge: str
     mac: str = ""
     tap: str = ""
     mtu: int = 1500
     queues: int | None = 1
+    hash: bool = False
 
 
 def parse_net(text: str) -> NetSpec:
@@ -34,6 +39,10 @@ def parse_net(text: str) -> NetSpec:
             if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 65521):
                 raise ConfigError(f"--net {text}: {key}={value!r} is no number from 1 to 65521")
             spec = replace(spec, mtu=int(value)) if key == "mtu" else replace(spec, queues=int(value))
+        elif key == "hash":
+            if value not in ("on", "off"):
+                raise ConfigError(f"--net {text}: hash={value!r} is neither on nor off")
+            spec = replace(spec, hash=value == "on")
         elif key == "mac":
             spec = replace(spec, mac=value)
         elif key == "tap":
@@ -41,7 +50,7 @@ def parse_net(text: str) -> NetSpec:
                 raise ConfigError(f"--net {text}: tap={value!r} is no name of an interface (at most {_MOST_NAME})")
             spec = replace(spec, tap=value)
         else:
-            raise ConfigError(f"--net {text}: {key!r} is not one of mac, mtu, queues, tap")
+            raise ConfigError(f"--net {text}: {key!r} is not one of hash, mac, mtu, queues, tap")
     return spec
 
 
@@ -50,8 +59,18 @@ def new_mac() -> str:
     return (b"\0\x16\x3e" + bytes([os.urandom(1)[0] & 0x7F]) + os.urandom(2)).hex(":")
 
 
+def spread(vif: Netfront) -> None:
+    """Have packets come by all queues alike, by a new key. PvError if the backend does not do that."""
+    queues = len(vif.queues)
+    try:
+        vif.set_hash(os.urandom(40), mapping=[n % queues for n in range(_MAPPING)])
+    except OSError as error:
+        raise PvError(f"hash=on: {error.strerror}") from error
+
+
 def describe_net(vif: Netfront, spec: NetSpec) -> str:
     """One line: what the vif is, and how it is connected."""
     queues = f"{len(vif.queues)} queue{'s' * (len(vif.queues) > 1)}"
     tap = f", TAP {spec.tap}" if spec.tap else ""
-    return f"vif {vif.name}: {vif.mac.hex(':')} on {spec.bridge}, {queues}{tap}"
+    hash = ", Toeplitz" if spec.hash else ""
+    return f"vif {vif.name}: {vif.mac.hex(':')} on {spec.bridge}, {queues}{hash}{tap}"

@@ -14,6 +14,7 @@ until it is closed. A backend that is killed and started again is not noticed at
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -31,11 +32,17 @@ from rings.jit import compile_for
 from . import netfront_kernels as kernels
 from . import netfront_keys as keys
 from .front import Frontend
+from .netfront_control import ControlRing
+from .netfront_control import warm as warm_control
+from .netfront_hash import ALL_TYPES, Hash, apply
 from .netfront_queue import Queue
 from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
+from .netfront_staging import stage
 from .watches import Watches
 
 __all__ = ["CSUM_BLANK", "CSUM_NONE", "CSUM_VALID", "Frame", "Netfront", "warm"]
+
+log = logging.getLogger(__name__)
 
 _BATCH = 64
 _SLICE_MS = 50  # two threads may wait on a queue, and the one that is woken take what the other waits for
@@ -43,12 +50,17 @@ _SLICE_MS = 50  # two threads may wait on a queue, and the one that is woken tak
 
 @dataclass(frozen=True)
 class Frame:
-    """A packet with what the ring says of it; `gso_size` bytes a segment, 0 for one that is no larger than the MTU."""
+    """A packet with what the ring says of it; `gso_size` bytes a segment, 0 for one that is no larger than the MTU.
+
+    `hash_type` is one of netif.HASH_* if a hash of its flow is known, 0 if not.
+    """
 
     data: bytes
     csum: int = CSUM_NONE
     gso_size: int = 0
     gso_type: int = 0
+    hash_type: int = 0
+    hash: int = 0
 
 
 class Netfront(Frontend):
@@ -80,6 +92,11 @@ class Netfront(Frontend):
         self._wishes = wishes or keys.Wishes()
         self._want_queues = queues
         self._trusted = trusted
+        self.control: ControlRing | None = None
+        """For requests that no method here makes; None if the backend has none."""
+        self.staged = 0
+        """Pages that the backend keeps mapped (staging grants)."""
+        self._hash: Hash | None = None
         self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
         self._frames = np.zeros((2, _BATCH), FRAME)
 
@@ -113,7 +130,9 @@ class Netfront(Frontend):
                     if len(frame.data) > (MOST_BYTES if q.record[0]["sg"] else 4096):
                         raise OSError(errno.EMSGSIZE, f"vif {self.name}: a frame of {len(frame.data)} bytes")
                     self._buffers[0, i, : len(frame.data)] = np.frombuffer(frame.data, np.uint8)
-                    self._frames[0, i] = (len(frame.data), frame.csum, frame.gso_size, frame.gso_type)
+                    self._frames[0, i] = (
+                        len(frame.data), frame.csum, frame.gso_size, frame.gso_type, frame.hash_type, frame.hash,
+                    )  # fmt: skip
                 sent = -1 if not q.active else self._do(q, kernels.send_all, 0, len(batch))
                 if 0 <= sent < len(batch) and kernels.arm(q.at, TX) > 0:
                     continue
@@ -148,8 +167,8 @@ class Netfront(Frontend):
             self._sleep(q, deadline, f"vif {self.name}: no packet came")
 
     def _frame(self, i: int) -> Frame:
-        size, csum, gso_size, gso_type = map(int, self._frames[1, i])
-        return Frame(self._buffers[1, i, :size].tobytes(), csum, gso_size, gso_type)
+        size, *said = map(int, self._frames[1, i])
+        return Frame(self._buffers[1, i, :size].tobytes(), *said)
 
     def _queue(self, index: int) -> Queue:
         if self.failure or not self.queues:
@@ -171,6 +190,62 @@ class Netfront(Frontend):
                 raise TimeoutError(errno.ETIMEDOUT, what)
         kernels.wait(q.at, left)
 
+    # The control ring
+
+    def set_hash(
+        self, key: bytes, *, types: int = ALL_TYPES, mapping: Sequence[int] = (), timeout: float = 5.0
+    ) -> None:
+        """Have the backend choose the queue of each packet by its Toeplitz hash, and tell it with the packet.
+
+        `key` of up to 40 bytes, `types` of netif.HASH_*, and in `mapping` a queue for each value modulo its length.
+        It holds from the next packet on, and for later connections too. OSError: EIO without a control ring, EINVAL,
+        EOVERFLOW or EOPNOTSUPP as the backend has it; then the one before is set again where that can be done.
+        """
+        ring = self._control_ring()
+        wanted = Hash(bytes(key), types, tuple(mapping))
+        try:
+            apply(ring, wanted, timeout)
+        except OSError:
+            self._hash_again(ring)
+            raise
+        self._hash = wanted
+
+    def clear_hash(self, *, timeout: float = 5.0) -> None:
+        """Let the backend choose queues as it likes, and tell nothing. OSError as set_hash()."""
+        apply(self._control_ring(), None, timeout)
+        self._hash = None
+
+    def _control_ring(self) -> ControlRing:
+        if self.failure or self.control is None:
+            raise OSError(errno.EIO, self.failure or f"vif {self.name}: its backend has no control ring")
+        return self.control
+
+    def _hash_again(self, ring: ControlRing) -> None:
+        try:
+            if ring.active:
+                apply(ring, self._hash, 5.0)
+        except OSError as error:  # packets come all the same, by whatever queue
+            log.warning("vif %s: its hash is not set: %s", self.name, error)
+
+    def _stage(self, ring: ControlRing) -> None:
+        """Before the first packet: what is not kept mapped is copied, and so is all of it if this fails."""
+        self.staged = 0
+        try:
+            for queue in self.queues if self._wishes.staging and ring.active else ():
+                self.staged += stage(ring, queue.index, *queue.grefs(), 5.0)
+        except OSError as error:
+            log.warning("vif %s: not all of its pages stay mapped: %s", self.name, error)
+
+    def _open_control(self) -> tuple[int, int] | None:
+        if not (self.offer.control and self._wishes.control):
+            if self.control is not None:
+                self.control.end()
+            self.control = None
+            return None
+        if self.control is None:
+            self.control = ControlRing(self.platform, self.name)
+        return self.control.open(self._backend_id)
+
     # What `front` asks of a class
 
     def _publish(self, new: XenbusState) -> None:
@@ -187,7 +262,8 @@ class Netfront(Frontend):
             queue.end()
         del self.queues[count:]
         rings = [queue.open(self._backend_id, split=self.offer.split and self._wishes.split) for queue in self.queues]
-        wanted = keys.frontend_keys(rings, replace(self._wishes, gso=self._wishes.gso and self._wishes.sg))
+        wishes = replace(self._wishes, gso=self._wishes.gso and self._wishes.sg)
+        wanted = keys.frontend_keys(rings, wishes, self._open_control())
 
         def write(tx: int) -> None:
             for key in filter(keys.is_negotiated, store.ls(self.path, tx) or []):
@@ -204,24 +280,31 @@ class Netfront(Frontend):
         untrusted = not self._trusted or self.platform.store.read(f"{self.path}/trusted") == b"0"
         for queue in self.queues:
             queue.activate(sg=self.offer.sg, untrusted=untrusted)
+        if self.control is not None:
+            self.control.activate()
+            self._hash_again(self.control)
+            self._stage(self.control)
         self._connected()
         self._say(new)  # whoever waits for this expects that it receives
 
+    def _rings(self) -> list[Queue | ControlRing]:
+        return [*self.queues, *([] if self.control is None else [self.control])]
+
     def _suspend(self, patience: float) -> None:
-        for queue in self.queues:
-            queue.deactivate()
+        for ring in self._rings():
+            ring.deactivate()
 
     def _give_back(self) -> None:
-        for queue in self.queues:
-            queue.release()
+        for ring in self._rings():
+            ring.release()
 
     def _stop(self, why: str) -> None:
-        for queue in self.queues:
-            queue.deactivate()
+        for ring in self._rings():
+            ring.deactivate()
 
     def _end(self) -> None:
-        for queue in self.queues:
-            queue.end()
+        for ring in self._rings():
+            ring.end()
 
     # What went on
 
@@ -233,10 +316,11 @@ class Netfront(Frontend):
             for queue in self.queues
         ]
         totals = {name: sum(q[name] for q in per_queue) for name in (*names, "stuck_grants")}
-        return {"state": self.state.name, **totals, "queues": per_queue}
+        return {"state": self.state.name, **totals, "staged": self.staged, "queues": per_queue}
 
 
 def warm() -> None:
     """Compile all that an interface needs. Twice costs nothing."""
     for name, arguments in kernels.ARGUMENTS.items():
         compile_for(getattr(kernels, name), arguments)
+    warm_control()

@@ -20,6 +20,7 @@ from rings.atomics import (
     i64,
     load8,
     load32,
+    load64,
     load_acquire64,
     records,
     store8,
@@ -31,6 +32,7 @@ from rings.jit import inline, kernel
 from rings.netif import (
     EXTRA_FLAG_MORE,
     EXTRA_GSO,
+    EXTRA_HASH,
     EXTRA_NONE,
     EXTRA_XDP,
     GSO,
@@ -48,6 +50,8 @@ from rings.netif import (
     TXF_data_validated,
     TXF_extra_info,
     TXF_more_data,
+    hash_extra,
+    known_hash,
 )
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, final_check, push, room, slot
 
@@ -109,6 +113,16 @@ def _put_tx(qa: int, gref: int, flags: int, id: int, size: int) -> None:
     advance_prod(q["tx_end"], 1)
 
 
+@inline
+def _put_extra(qa: int, extra: int) -> None:
+    """struct netif_extra_info in the place of a request."""
+    q = queue_at(qa)
+    at = slot(q["tx_end"], records(q["tx_end"], 1, RING_END)[0]["prod_pvt"])
+    store64(at, extra)
+    store32(at + 8, np.uint32(_NO_ID))
+    advance_prod(q["tx_end"], 1)
+
+
 @kernel
 def start(qa: int, data: int, fa: int) -> int:
     """Put one packet on the ring, unpublished: STARTED; NO_ROOM, and nothing done; or TOO_BIG, and nothing done."""
@@ -118,10 +132,10 @@ def start(qa: int, data: int, fa: int) -> int:
     pages = (size + _PAGE - 1) // _PAGE
     if size <= 0 or size > MOST_BYTES or (pages > 1 and q["sg"] == 0):
         return i64(TOO_BIG)
-    extra = 1 if frame["gso_size"] != 0 else 0
-    if q["free_n"] < pages or room(q["tx_end"]) < pages + extra:
+    extras = i64(frame["gso_size"] != 0) + i64(frame["hash_type"] != 0)
+    if q["free_n"] < pages or room(q["tx_end"]) < pages + extras:
         return i64(NO_ROOM)
-    first = i64(TXF_extra_info) if extra != 0 else i64(0)
+    first = i64(TXF_extra_info) if extras != 0 else i64(0)
     if frame["csum"] == CSUM_BLANK:
         first |= TXF_csum_blank | TXF_data_validated
     elif frame["csum"] == CSUM_VALID:
@@ -138,11 +152,11 @@ def start(qa: int, data: int, fa: int) -> int:
         flags = i64(TXF_more_data) if k + 1 < pages else i64(0)
         # The first says how large the packet is, the others what they have of it.
         _put_tx(qa, i64(load32(q["grefs"] + page * 4)), flags | (first if k == 0 else 0), page, size if k == 0 else n)
-        if k == 0 and extra != 0:
-            at = slot(q["tx_end"], records(q["tx_end"], 1, RING_END)[0]["prod_pvt"])
-            store64(at, EXTRA_GSO | frame["gso_size"] << 16 | frame["gso_type"] << 32)
-            store32(at + 8, np.uint32(_NO_ID))
-            advance_prod(q["tx_end"], 1)
+        if k == 0 and frame["gso_size"] != 0:
+            more = EXTRA_FLAG_MORE << 8 if extras > 1 else 0
+            _put_extra(qa, EXTRA_GSO | more | frame["gso_size"] << 16 | frame["gso_type"] << 32)
+        if k == 0 and frame["hash_type"] != 0:
+            _put_extra(qa, hash_extra(frame["hash_type"] << 32 | (frame["hash"] & 0xFFFFFFFF)))
     q["sent"] += 1
     q["bytes_sent"] += size
     return i64(STARTED)
@@ -231,6 +245,7 @@ def _rx_slot(qa: int, k: int) -> int:
 @kernel
 def _take_extras(qa: int, fa: int, k: int, n: int) -> int:
     """The extras from response k on; the first response behind them, -1 for a violation."""
+    q = queue_at(qa)
     more = True
     while more:
         if k == n:
@@ -241,6 +256,9 @@ def _take_extras(qa: int, fa: int, k: int, n: int) -> int:
             return i64(_violated(qa, V_EXTRA, kind))
         if kind == EXTRA_GSO:
             frame_at(fa)["gso_size"], frame_at(fa)["gso_type"] = i64(extra["size"]), i64(extra["gso_type"])
+        elif kind == EXTRA_HASH:
+            known = known_hash(load64(q["message"]))  # the copy
+            frame_at(fa)["hash_type"], frame_at(fa)["hash"] = known >> 32, known & 0xFFFFFFFF
         more = i64(extra["flags"]) & EXTRA_FLAG_MORE != 0
         k += 1
     return k
@@ -252,6 +270,7 @@ def _take_packet(qa: int, data: int, fa: int, n: int) -> int:
     q = queue_at(qa)
     frame = frame_at(fa)
     frame["size"], frame["csum"], frame["gso_size"], frame["gso_type"] = 0, CSUM_NONE, 0, 0
+    frame["hash_type"], frame["hash"] = 0, 0
     cons = records(q["rx_end"], 1, RING_END)[0]["cons"]
     k = i64(0)
     bad = False

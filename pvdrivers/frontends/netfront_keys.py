@@ -26,17 +26,23 @@ class Offer:
     gso6: bool = False
     csum6: bool = False
     split: bool = False
+    control: bool = False
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a frontend takes: packets of many pages, of many segments, and with checksums that are to be completed."""
+    """What a frontend takes: packets of many pages, of many segments, and with checksums that are to be completed.
+
+    And what it makes use of: an event channel for each ring, a control ring, pages that stay mapped in the backend.
+    """
 
     sg: bool = True
     gso: bool = True
     csum4: bool = True
     csum6: bool = True
     split: bool = True
+    control: bool = True
+    staging: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def read_offer(read: Read) -> Offer:
         gso6=switch(netif.KEY_GSO_TCPV6),
         csum6=switch(netif.KEY_IPV6_CSUM),
         split=switch(netif.KEY_SPLIT_EVENTS),
+        control=switch(netif.KEY_CTRL_RING),
     )
 
 
@@ -89,8 +96,11 @@ def read_mac(read: Read) -> bytes:
         raise ValueError(f"key mac is {text[:32]!r}, no address of six bytes") from None
 
 
-def frontend_keys(rings: Sequence[Ring], wishes: Wishes) -> dict[str, str]:
-    """What a frontend writes. With one queue the keys are flat, with more there are none at the top."""
+def frontend_keys(rings: Sequence[Ring], wishes: Wishes, control: tuple[int, int] | None = None) -> dict[str, str]:
+    """What a frontend writes. With one queue the keys are flat, with more there are none at the top.
+
+    `control` is the control ring's gref and port.
+    """
     keys = {
         netif.KEY_REQUEST_RX_COPY: "1",
         netif.KEY_RX_NOTIFY: "1",
@@ -101,6 +111,8 @@ def frontend_keys(rings: Sequence[Ring], wishes: Wishes) -> dict[str, str]:
     }
     if not wishes.csum4:
         keys[netif.KEY_NO_CSUM] = "1"
+    if control is not None:
+        keys[netif.KEY_CTRL_RING_REF], keys[netif.KEY_EVENT_CHANNEL_CTRL] = map(str, control)
     if len(rings) > 1:
         keys[netif.KEY_NUM_QUEUES] = str(len(rings))
     for i, ring in enumerate(rings):
@@ -122,4 +134,5 @@ def is_negotiated(key: str) -> bool:
         netif.KEY_TX_RING_REF,
         netif.KEY_RX_RING_REF,
         netif.KEY_REQUEST_RX_COPY,
+        netif.KEY_CTRL_RING_REF,
     )

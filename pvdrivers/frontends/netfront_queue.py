@@ -159,6 +159,10 @@ class Queue:
         self._epoll.close()
         os.close(self._wake)
 
+    def grefs(self) -> tuple[list[int], list[int]]:
+        """Of the pages that packets are sent from, the ones that are used most first, and received into."""
+        return self._grefs[2 : 2 + SLOTS], self._grefs[2 + SLOTS :]
+
     # For senders and receivers
 
     def wake(self) -> None:

@@ -20,6 +20,8 @@ FRAME = np.dtype(
         ("csum", "i8"),  # CSUM_*
         ("gso_size", "i8"),  # bytes of a segment, 0: it is one packet
         ("gso_type", "i8"),  # netif.GSO_*
+        ("hash_type", "i8"),  # netif.HASH_*, 0: nothing is said of a hash
+        ("hash", "i8"),  # ... of 32 bits
     ],
     align=True,
 )

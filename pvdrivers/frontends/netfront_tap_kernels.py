@@ -50,7 +50,7 @@ def _header(at: int) -> Any:
 def _from_header(at: int, fa: int, size: int) -> None:
     header, frame = _header(at), frame_at(fa)
     flags, gso = i64(header["flags"]), i64(header["gso_type"]) & ~_GSO_ECN
-    frame["size"], frame["csum"] = size, CSUM_NONE
+    frame["size"], frame["csum"], frame["hash_type"] = size, CSUM_NONE, 0
     if flags & _NEEDS_CSUM != 0:
         frame["csum"] = CSUM_BLANK
     elif flags & _DATA_VALID != 0:

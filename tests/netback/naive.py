@@ -23,6 +23,7 @@ class Packet:
     flags: int = 0
     gso: tuple[int, int] = (0, 0)
     mcast: tuple[int, bytes] = (0, bytes(6))
+    said: tuple[int, int] | None = None
     fragments: list[tuple[int, int, int]] = field(default_factory=list)
 
 
@@ -95,6 +96,8 @@ def _extras(packet: Packet, slots: list[bytes]) -> None:
             case netif.EXTRA_MCAST_ADD | netif.EXTRA_MCAST_DEL:
                 packet.mcast = (extra[0], extra[2:8])
             case netif.EXTRA_HASH:
-                pass
+                kind, algorithm, value = struct.unpack_from("<BBI", extra, 2)
+                if kind < 4 and algorithm == netif.HASH_ALGORITHM_TOEPLITZ:
+                    packet.said = (1 << kind, value)
             case _:
                 raise Fatal(records.F_EXTRA_TYPE)

@@ -34,6 +34,8 @@ from rings.netif import (
     EXTRA_MCAST_DEL,
     GSO_TCPV4,
     GSO_TCPV6,
+    HASH_ALGORITHM_TOEPLITZ,
+    HASH_IPV4_TCP,
     RSP_ERROR,
     RSP_OKAY,
     TXF_csum_blank,
@@ -57,6 +59,7 @@ def planned(data: bytes) -> Packet:
                  int(row["flags"]))  # fmt: skip
     got.gso = (int(row["gso_type"]), int(row["gso_size"]))
     got.mcast = (int(row["mcast"]), int(row["mcast_addr"]).to_bytes(6, "little"))
+    got.said = (int(row["said"]) >> 32, int(row["said"]) & 0xFFFFFFFF) if row["said"] else None
     if got.verdict == P_SEND:
         got.fragments = [tuple(map(int, one)) for one in row["fragment"][: row["fragments"]]]
     want = naive.plan(data)
@@ -79,6 +82,10 @@ def gso(size: int = 1448, kind: int = GSO_TCPV4, more: bool = False) -> bytes:
 
 def mcast(addr: bytes, kind: int = EXTRA_MCAST_ADD, more: bool = False) -> bytes:
     return struct.pack("<BB6s4x", kind, EXTRA_FLAG_MORE * more, addr)
+
+
+def hash_extra(kind: int, value: int, algorithm: int = HASH_ALGORITHM_TOEPLITZ, more: bool = False) -> bytes:
+    return struct.pack("<BBBBI4x", EXTRA_HASH, EXTRA_FLAG_MORE * more, kind, algorithm, value)
 
 
 def chain(sizes: Sequence[int], *, total: int | None = None, flags: int = 0, extras: bytes = b"") -> bytes:
@@ -116,8 +123,9 @@ def test_one_request_and_an_extra() -> None:
 
 
 def test_two_requests_and_extras_between_them() -> None:
-    hash_extra = struct.pack("<BBBB4s4x", EXTRA_HASH, 0, 1, 1, b"hash")
-    packet = planned(chain([4096, 4096], extras=gso(1428, GSO_TCPV6, more=True) + hash_extra))
+    extra = hash_extra(HASH_IPV4_TCP.bit_length() - 1, int.from_bytes(b"hash", "little"))
+    packet = planned(chain([4096, 4096], extras=gso(1428, GSO_TCPV6, more=True) + extra))
+    assert packet.said == (HASH_IPV4_TCP, int.from_bytes(b"hash", "little"))
     assert (packet.slots, packet.extras, packet.gso) == (4, 2, (GSO_TCPV6, 1428))
     assert [gref for gref, _, _ in packet.fragments] == [1, 2]
 
@@ -212,6 +220,7 @@ EXTRAS = st.lists(
     st.one_of(
         st.builds(gso, st.integers(0, 2000), st.integers(0, 3), st.booleans()),
         st.builds(mcast, st.binary(min_size=6, max_size=6), st.sampled_from([2, 3]), st.booleans()),
+        st.builds(hash_extra, st.integers(0, 5), st.integers(0, (1 << 32) - 1), st.integers(0, 2), st.booleans()),
     ),
     max_size=4,
 )

@@ -90,7 +90,7 @@ def iperf_server(space: Space) -> Iterator[None]:
         server.terminate()
 
 
-@pytest.mark.parametrize("spaces", ["", ",mtu=9000"], indirect=True)
+@pytest.mark.parametrize("spaces", ["", ",mtu=9000", ",queues=2,hash=on"], indirect=True)
 def test_ping(spaces: tuple[Space, Space], daemon: Daemon) -> None:
     """Every size up to fragments, IPv4 and IPv6; the kernel checks each byte of what comes back."""
     need("ping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,35 @@ def compare_constants(seen: Seen, constants: Mapping[str, int]) -> None:
     """Take the constants out of `seen`, each with its value."""
     for name, value in constants.items():
         assert seen.pop(("constant", name))[1] == value, name
+
+
+def toeplitz_by_c(cases: Sequence[tuple[bytes, bytes]], tmp_path: Path, gcc: str) -> list[int]:
+    """The hashes of (key of up to 40 bytes, data of up to 36), by the reference code in netif.h."""
+    source, program = tmp_path / "hash.c", tmp_path / "hash"
+    source.write_text("""
+        #include <stdint.h>
+        #include <stdio.h>
+        #include <string.h>
+        #define xen_mb()
+        #define xen_rmb()
+        #define xen_wmb()
+        #include <xen/xen.h>
+        #define XEN_NETIF_DEFINE_TOEPLITZ
+        #include <xen/io/netif.h>
+        int main(void) {
+            uint8_t key[40], data[36];
+            unsigned sizes[2];
+            while (fread(sizes, 4, 2, stdin) == 2 && fread(key, 1, 40, stdin) == 40 && fread(data, 1, 36, stdin) == 36)
+                printf("%u\\n", xen_netif_toeplitz_hash(key, sizes[0], data, sizes[1]));
+            return 0;
+        }""")
+    subprocess.run([gcc, "-w", "-o", program, source], check=True)
+    text = b"".join(
+        struct.pack("<II", len(key), len(data)) + key.ljust(40, b"\0") + data.ljust(36, b"\0") for key, data in cases
+    )
+    out = subprocess.run([program], input=text, stdout=subprocess.PIPE, check=True).stdout.split()
+    assert len(out) == len(cases)
+    return [int(value) for value in out]
 
 
 Require = Callable[[str, str], str]

@@ -1,0 +1,116 @@
+"""The control ring of a vif, as the control side sees it: its keys, its record, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pvdrivers.device import FrontKeys
+from pvdrivers.errors import ProtocolViolation
+from pvdrivers.worker.control import Memory, Worker
+from rings import netif
+from rings import ring as ringlib
+from rings.jit import address_of
+
+from . import control_ring, queue
+from .control_file import HashFile
+from .control_records import CONTROL
+from .staging_share import Staging, offer
+
+if TYPE_CHECKING:
+    from .backend import QueueState, VifBackend
+
+RING_SLOTS = 128
+"""In its one page."""
+
+
+@dataclass
+class ControlKeys:
+    """What the frontend says of its control ring: checked."""
+
+    gref: int
+    port: int
+
+
+def parse_control(front: FrontKeys) -> ControlKeys | None:
+    """The frontend's keys; None if it has no control ring. Raises ProtocolViolation for half of one."""
+    names = (netif.KEY_CTRL_RING_REF, netif.KEY_EVENT_CHANNEL_CTRL)
+    if not any(front.has(name) for name in names):
+        return None
+    return ControlKeys(*(front.int_key(name, None, 1, 0xFFFFFFFF) for name in names))
+
+
+class Control:
+    """What one control ring holds on to, beside its QueueState."""
+
+    def __init__(self, device: VifBackend, keys: ControlKeys, queues: int, *, recover: bool) -> None:
+        """Raises PvError when there is no room for its file."""
+        uuid = device.context.platform.domain_uuid(device.ident.domid)
+        incarnation = f"{device.ident} {uuid} {keys.gref} {keys.port} {queues}"
+        self.file = HashFile(_path(device), incarnation, recover=recover)
+        self.record = np.zeros(1, CONTROL)
+        self._memory = Memory(2 * 4096)
+        assert device.spec is not None
+        self.staging = Staging(device, queues, offer(device, queues, device.spec.staging))
+        row = self.record[0]
+        row["hashes"], row["queues"] = self.file.address, queues
+        row["payload"], row["stages"] = self._memory.address, self.staging.address
+        row["request"], row["response"] = self._memory.address + 4096, self._memory.address + 4096 + 64
+
+    @property
+    def address(self) -> int:
+        """The address of the CONTROL."""
+        return int(self.record.ctypes.data)
+
+
+@dataclass
+class _Release:
+    """As a mapping is given back, so are those that the guest has asked for."""
+
+    control: Control
+    worker: Worker
+
+    def unmap(self) -> None:
+        self.control.staging.release(self.worker)
+
+
+def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state: QueueState, recover: bool) -> None:
+    """Map it, bind its port, fill in its RING. The worker is not told yet.
+
+    Raises ProtocolViolation for indices that no ring can have, PlatformError for a page or a port that is not there.
+    """
+    assert device.counters is not None
+    domid = device.ident.domid
+    control = Control(device, keys, len(device.queues) - 1, recover=recover)
+    # Before what may fail: whatever it has set aside or mapped is given back with the others.
+    state.mappings.append(_Release(control, worker))
+    state.mappings.append(device.context.platform.grants.map(domid, [keys.gref]))
+    state.tx_port = state.rx_port = worker.events.bind_interdomain(domid, keys.port)
+    handle = worker.new_ring(device, state.tx_port)
+    state.handles.append(handle)
+    end = np.zeros(1, ringlib.RING_END)
+    state.keep += [end, control]
+    size = netif.CTRL_ENTRY_SIZE
+    if ringlib.back_end(end.ctypes.data, state.mappings[1].address, RING_SLOTS, size) == ringlib.CORRUPT:
+        raise ProtocolViolation(domid, str(device.ident), "control ring: indices that no ring can have")
+    row = handle.record
+    row["step"], row["finish"] = address_of(control_ring.step_control), address_of(queue.finish)
+    row["end"], row["device"], row["priv"] = end.ctypes.data, device.port.address, control.address
+    row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, domid
+    row["stats"] = device.counters.address(0)
+    device.port.record[0]["hashes"] = control.file.address
+    for other in device.queues[:-1]:
+        for q_ring in other.handles:
+            q_ring.record["priv"] = control.staging.at(device.queues.index(other))
+
+
+def forget(device: VifBackend) -> None:
+    """The connection is over: nobody is to find what the guest has set."""
+    _path(device).unlink(missing_ok=True)
+
+
+def _path(device: VifBackend) -> Path:
+    return device.context.run_dir / "hash" / str(device.ident)

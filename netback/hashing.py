@@ -1,0 +1,111 @@
+"""The hash of a flow as a guest has asked for it, and the queue that its packets come by. Pure kernels.
+
+The Toeplitz hash is linear: what a byte adds depends on its value and its place alone. So a key becomes a table once,
+when it is set, of what each value of each nibble adds, and a packet is two look-ups for each byte that is hashed
+(Linux's netback has a cache of flows for the same end).
+
+netif.h: of the types that are asked for the maximal one counts. A packet of none of them has the hash 0, as in Linux
+(xenvif_set_skb_hash), and so comes by the first entry of the mapping.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rings.atomics import i64, load8, records
+from rings.jit import inline, kernel
+from rings.netif import (
+    HASH_ALGORITHM_NONE,
+    HASH_IPV4,
+    HASH_IPV4_TCP,
+    HASH_IPV6,
+    HASH_IPV6_TCP,
+    toeplitz,
+)
+
+from .control_records import KEY_AT, MAPPING_AT, MOST_HASHED, MOST_KEY, NIBBLES_AT, current, hash_at
+from .records import packet_at, port_at
+
+NO_HASH = 0
+"""A hash has its type with it, which is not 0."""
+_U4 = np.dtype(np.uint32)
+_TCP_CHECKSUM_AT = 16
+
+
+@kernel
+def make_table(ha: int, scratch: int) -> None:
+    """Fill in HASH.nibbles for the key of a HASH. `scratch` has room for MOST_HASHED bytes."""
+    nibbles = records(ha + NIBBLES_AT, 2 * MOST_HASHED * 16, _U4)
+    bytes = records(scratch, MOST_HASHED, np.dtype(np.uint8))
+    for k in range(MOST_HASHED):
+        bytes[k] = 0
+    for place in range(2 * MOST_HASHED):
+        for value in range(16):
+            bytes[place >> 1] = value << 4 if place & 1 == 0 else value
+            nibbles[place * 16 + value] = toeplitz(ha + KEY_AT, MOST_KEY, scratch, (place >> 1) + 1)
+        bytes[place >> 1] = 0
+
+
+@inline
+def _add(ha: int, place: int, data: int, size: int) -> int:
+    """What `size` bytes at `data` add to the hash as its bytes `place` on."""
+    found = i64(0)
+    nibbles = records(ha + NIBBLES_AT, 2 * MOST_HASHED * 16, _U4)
+    for k in range(size):
+        byte = i64(load8(data + k))
+        at = (place + k) * 32
+        found ^= i64(nibbles[at + (byte >> 4)]) ^ i64(nibbles[at + 16 + (byte & 15)])
+    return found
+
+
+@kernel
+def flow_hash(ha: int, pa: int) -> int:
+    """The hash of a packet whose headers were parsed: 32 bits, and its type (HASH_*) in those above; or NO_HASH."""
+    packet = packet_at(pa)
+    types = hash_at(ha)["types"]
+    version = packet["l3"]
+    if version == 0:
+        return i64(NO_HASH)
+    four = version == 4
+    ip = packet["data"] + packet["ip"]
+    start, size = (ip + 12, 8) if four else (ip + 8, 32)
+    tcp = packet["l4"] != 0 and packet["csum_at"] - packet["l4"] == _TCP_CHECKSUM_AT
+    kind = i64(HASH_IPV4_TCP if four else HASH_IPV6_TCP)
+    if tcp and types & kind != 0:
+        value = _add(ha, 0, start, size) ^ _add(ha, size, packet["data"] + packet["l4"], 4)
+        return value | kind << 32
+    kind = i64(HASH_IPV4 if four else HASH_IPV6)
+    if types & kind != 0:
+        return _add(ha, 0, start, size) | kind << 32
+    return i64(NO_HASH)
+
+
+@kernel
+def choose_queue(porta: int, pa: int, queues: int) -> int:
+    """Which of `queues` a packet goes to; PACKET.tell becomes what the guest is told of its hash, or NO_HASH.
+
+    A guest that has asked for a hash is told it, or else what the sender has said. One that has not is told nothing,
+    and its queue is that of the flow.
+    """
+    packet = packet_at(pa)
+    packet["tell"] = NO_HASH
+    flow = packet["said"] & 0xFFFFFFFF if packet["said"] != NO_HASH else packet["hash"]
+    hashes = port_at(porta)["hashes"]
+    if hashes == 0:
+        return flow % queues
+    ha = current(hashes)
+    h = hash_at(ha)
+    if h["algorithm"] == HASH_ALGORITHM_NONE:
+        return flow % queues
+    packet["tell"] = packet["said"]
+    if h["types"] == 0:
+        return flow % queues
+    found = i64(flow_hash(ha, pa))
+    value = i64(0)
+    if found != NO_HASH:
+        packet["tell"] = found
+        value = found & 0xFFFFFFFF
+    if h["entries"] == 0:
+        return value % queues
+    # Held against the number of queues when it was set; this is for a table of another connection.
+    return i64(records(ha + MAPPING_AT, h["entries"], _U4)[value % h["entries"]]) % queues
