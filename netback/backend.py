@@ -14,6 +14,7 @@ from pvdrivers.worker.records import V_CLASS
 from rings import netif
 
 from .attach import attach_ring, wake_guest
+from .other_side import OtherSide
 from .params import VifSpec, vif_of
 from .records import (
     ACCEPTS_CSUM4,
@@ -96,12 +97,14 @@ class VifBackend(Device):
         self.spec: VifSpec | None = None
         self.port = Port(str(ident))
         self.switch: Switch | None = None
+        self.other_side = OtherSide(str(ident), context.run_dir)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
         self.spec = vif_of(self.params, OFFERED_QUEUES)
+        self.other_side.open(self.spec.port, self.params)
         return {
             netif.KEY_SG: 1,
             netif.KEY_GSO_TCPV4: 1,
@@ -134,8 +137,10 @@ class VifBackend(Device):
         domid = self.ident.domid
         platform.prepare(domid)
         self._count(said, recover)
-        name = self.spec.port.name
-        self.switch = find_switch(pool, name) if name else Switch(str(self.ident), pool.choose(1)[0])
+        if self.spec.port.kind == "switch":
+            self.switch = find_switch(pool, self.spec.port.name)
+        else:
+            self.switch = Switch(str(self.ident), pool.choose(1)[0], wire=True)
         self.port.mac = self.spec.mac
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
@@ -152,6 +157,7 @@ class VifBackend(Device):
             row["out"][q] = attach_ring(self, state, q, tx=False).address
             attach_ring(self, state, q, tx=True)
         self.switch.join(self.port)
+        self.other_side.attach(self.switch, len(said.queues), said.accepts, self)
         for state in self.queues:
             if recover:
                 wake_guest(state)
@@ -182,20 +188,32 @@ class VifBackend(Device):
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""
         self.port.record[0]["handed_over"] = 1
         self._release()
+        self.other_side.close()
         if self.counters is not None:
             self.counters.remove()
             self.counters = None
 
     def removed(self) -> None:
         """The vif has been detached."""
+        self.other_side.close(delete=True)
         if self.counters is not None:
             self.counters.remove()
             self.counters = None
+
+    def refresh(self) -> Publish | None:
+        """If what is on the other side is gone, make it again."""
+        self.other_side.make_again()
+        return None
+
+    def port_lost(self, error: int) -> str:
+        """What is on the other side is gone: in words."""
+        return self.other_side.gone(error)
 
     def _release(self) -> None:
         if self.switch is not None:
             self.port.record[0]["n_out"] = 0
             self.switch.leave(self.port)
+            self.other_side.detach()
         for state in self.queues:
             for handle in state.handles:
                 if handle in state.attached:
@@ -230,10 +248,10 @@ class QueueState:
 
 def warm() -> None:
     """Compile all that serves a vif, before the first InitWait."""
-    from . import attach, queue
+    from . import attach, port_in, queue
 
     attach.warm()
-    del queue
+    del port_in, queue
 
 
 assert OFFERED_QUEUES <= MAX_QUEUES

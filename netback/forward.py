@@ -18,6 +18,7 @@ from rings.netif import RSP_ERROR
 
 from .deliver import begin, flush, to_guest
 from .frame import fill_checksum, parse
+from .port_out import to_port
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -81,7 +82,10 @@ def _note_wishes(pa: int, porta: int) -> None:
 
 @inline
 def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
-    to_guest(wa, swa, pa, porta)
+    if port_at(porta)["kind"] == PORT_VIF:
+        to_guest(wa, swa, pa, porta)
+    else:
+        to_port(pa, porta)
 
 
 @kernel

@@ -67,8 +67,11 @@ PACKET = np.dtype(
         ("csum_at", "i8"),  # ... and where its checksum is
         ("hash", "i8"),  # of its flow, 32 bits
         ("to", "i8"),  # index of a port, or TO_ALL, or TO_NOBODY
+        ("vlan", "i8"),  # the VLAN that it is in, 0 none; it does not leave that
+        ("tagged", "i8"),  # ... and there is a tag that says so
+        ("retag", "i8"),  # somebody wants it the other way
         ("fragments", "i8"),
-        ("fragment", FRAGMENT, (MAX_SLOTS,)),
+        ("fragment", FRAGMENT, (MAX_SLOTS + 1,)),  # one more stands for a tag that was put in
     ],
     align=True,
 )
@@ -94,11 +97,14 @@ HEAD = 128
 """Bytes of a packet that are copied to private memory whatever becomes of it: all headers that we look into."""
 MOST_BYTES = 65536
 """Room for a whole packet."""
+HEADROOM = 64
+"""Bytes free before a packet's: for what a TAP says of it, and for a tag."""
+STRIDE = HEADROOM + MOST_BYTES + HEADROOM
 BATCH = 32
 """Packets taken from a ring, or read from a TAP, before they are sent on: WORKER.budget is no more."""
 
 # PORT.kind
-PORT_VIF, PORT_TAP = 1, 2
+PORT_VIF, PORT_OUTER = 1, 2
 # PORT.accepts
 ACCEPTS_SG, ACCEPTS_CSUM4, ACCEPTS_CSUM6 = 1, 2, 4
 ACCEPTS_GSO4, ACCEPTS_GSO6 = 8 << GSO_TCPV4, 8 << GSO_TCPV6
@@ -121,6 +127,9 @@ PORT = np.dtype(
         ("accepts", "i8"),  # ACCEPTS_*
         ("handed_over", "i8"),  # the process ends, and leaves the guest to the next one
         ("learned", "i8"),  # addresses in the table
+        ("vlan", "i8"),  # the VLAN of what has no tag here: 1 to 4094; 0: of no VLAN
+        ("trunk", "i8"),  # what has a tag is of the VLAN that it says, if that is among
+        ("allowed", "u8", (64,)),  # ... these: a bit each
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
@@ -148,7 +157,7 @@ SWITCH = np.dtype(
         ("table", "i8"),  # address of TABLE_ENTRY[1 << TABLE_BITS]
         ("slots", "i8"),  # a ring's worth of TX_REQUESTs: private copies
         ("packets", "i8"),  # PACKET[BATCH]
-        ("data", "i8"),  # MOST_BYTES for each of them
+        ("data", "i8"),  # STRIDE bytes for each of them, of which HEADROOM stay free
         ("deliveries", "i8"),  # DELIVERY[MAX_DELIVERIES]
         ("n_deliveries", "i8"),
         ("n_ops", "i8"),  # copies in the worker's batch

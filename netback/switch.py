@@ -22,11 +22,12 @@ from rings.netif import TX_ENTRY_SIZE
 from .records import (
     BATCH,
     DELIVERY,
+    HEADROOM,
     MAX_DELIVERIES,
     MAX_PORTS,
-    MOST_BYTES,
     PACKET,
     PORT,
+    STRIDE,
     SWITCH,
     TABLE_BITS,
     TABLE_ENTRY,
@@ -69,8 +70,8 @@ class Switch:
         row["deliveries"] = self._new(MAX_DELIVERIES * DELIVERY.itemsize)
         row["scratch"] = self._new(64)
         packets = np.zeros(BATCH, PACKET)
-        data = self._new(BATCH * MOST_BYTES)
-        packets["data"] = data + np.arange(BATCH) * MOST_BYTES
+        row["data"] = self._new(BATCH * STRIDE)
+        packets["data"] = int(row["data"]) + HEADROOM + np.arange(BATCH) * STRIDE
         self._keep.append(packets)
         row["packets"] = packets.ctypes.data
 

@@ -30,7 +30,7 @@ S = XenbusState
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
-_OF_RINGS = ("grants", "events")  # troubles of rings that are no more
+_OF_RINGS = ("grants", "events", "port")  # troubles of rings that are no more
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -120,6 +120,15 @@ class Life:
         if not self.gone:
             self._fault = text
             self.look()
+
+    def notice(self, kind: str, text: str) -> None:
+        """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
+        before = self.troubles.now.get(kind, "")
+        self.troubles.notice(kind, text)
+        if kind == "port" and text:
+            self.nodes.report(text, logged=True)
+        elif kind == "port" and self.nodes.reported == before:
+            self.nodes.clear_report()
 
     def look(self) -> None:
         """Take the steps that follow from what is in the store now."""

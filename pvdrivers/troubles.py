@@ -23,6 +23,7 @@ _GUEST_TO_MOVE = {
 _OVER = {
     "grants": "its guest's pages are mapped again",
     "events": "its guest sends no events without end any more",
+    "port": "its port is there again",
 }
 
 
@@ -39,6 +40,7 @@ class Troubles:
     lost      xenstored was restarted, and knows nothing of it any more
     events    its guest sends events with nothing behind them
     grants    Xen had no room to map its guest's pages, which are copied
+    port      what a vif has on its other side, a TAP say, is gone
     """
 
     def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:
