@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from .records import (
     PORT_VIF,
 )
 from .switch import Port, Switch, find_switch
+from .uplinks import uplinks_of
 
 OFFERED_QUEUES = 8
 """As many as Linux's netback offers (xenvif_max_queues), at the most."""
@@ -97,9 +98,14 @@ class VifBackend(Device):
         self.spec: VifSpec | None = None
         self.port = Port(str(ident))
         self.switch: Switch | None = None
-        self.other_side = OtherSide(str(ident), context.run_dir)
+        self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """The uplinks."""
+        uplinks_of(options)
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
@@ -141,7 +147,10 @@ class VifBackend(Device):
             self.switch = find_switch(pool, self.spec.port.name)
         else:
             self.switch = Switch(str(self.ident), pool.choose(1)[0], wire=True)
-        self.port.mac = self.spec.mac
+        self.port.mac, self.port.vlan, self.port.trunk = self.spec.mac, self.spec.port.vlan, self.spec.port.trunk
+        if self.port.trunk is not None:
+            # A guest knows no blank checksum, and no segments, behind a tag (Linux: skb_checksum_setup).
+            said.accepts &= ACCEPTS_SG
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
         row["handed_over"] = row["n_out"] = 0

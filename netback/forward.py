@@ -30,12 +30,14 @@ from .records import (
     PORT_VIF,
     TO_ALL,
     TO_NOBODY,
+    VLAN_SHIFT,
     fragment_at,
     packet_at,
     port_at,
     switch_at,
 )
 from .table import find, learn
+from .vlan import admits, classify, retag, suits
 
 _PACKET_SIZE = PACKET.itemsize
 
@@ -56,13 +58,19 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
         packet["to"] = TO_ALL
         return
     packet["to"] = TO_NOBODY
-    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"], now, 0):
+    vlan = i64(0)
+    if switch_at(swa)["vlans"] != 0:
+        if not classify(pa, porta):
+            stats_at(stats)["kinds"][N_NOBODY] += 1
+            return
+        vlan = packet["vlan"] << VLAN_SHIFT
+    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"] | vlan, now, 0):
         stats_at(stats)["kinds"][N_SPOOFED] += 1
         return
     if packet["dst"] & 1 != 0:
         packet["to"] = TO_ALL
         return
-    index = find(swa, packet["dst"], now)
+    index = find(swa, packet["dst"] | vlan, now)
     packet["to"] = index if index >= 0 else TO_ALL
     if index == port_at(porta)["index"]:
         packet["to"] = TO_NOBODY
@@ -90,7 +98,8 @@ def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
 
 @kernel
 def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
-    """For every receiver of a packet: send it, or note what it needs. How many there are."""
+    """For every receiver of a packet: send it if its tag is as that wants it, or note what is needed. How many there
+    are."""
     sw = switch_at(swa)
     to = packet_at(pa)["to"]
     found = i64(0)
@@ -101,6 +110,13 @@ def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
         other = sw["ports"][i]
         if other == 0 or other == porta:
             continue
+        if sw["vlans"] != 0:
+            if not admits(pa, other):
+                continue
+            if not suits(pa, other):
+                if send != 0:
+                    continue
+                packet_at(pa)["retag"] = 1
         found += 1
         if send != 0:
             _send_to(wa, swa, pa, other)
@@ -154,6 +170,26 @@ def _goes_on(packet: Any) -> bool:
 
 
 @kernel
+def _send_retagged(wa: int, swa: int, porta: int, n: int) -> None:
+    """To those that want packets the other way: with a tag, or without. All others have been copied by then."""
+    flush(wa, swa)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet) and packet["to"] != TO_NOBODY and packet["retag"] != 0:
+            retag(pa)
+            packet["retag"] = 2
+            _each(wa, swa, porta, pa, 1)
+    flush(wa, swa)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if packet["retag"] == 2:
+            retag(pa)
+        packet["retag"] = 0
+
+
+@kernel
 def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
     """Send on the switch's first n packets, which have come by a port and of which the first bytes are private.
 
@@ -177,4 +213,6 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             if packet["fill"] != 0:
                 fill_checksum(pa)
             _each(wa, swa, porta, pa, 1)
+    if switch_at(swa)["vlans"] != 0:
+        _send_retagged(wa, swa, porta, n)
     flush(wa, swa)

@@ -1,24 +1,27 @@
-"""What a vif has on its other side when that is no switch: opened, attached, found gone, made again."""
+"""What a vif has on its other side: opened, attached, found gone, made again. Of a switch it is the uplink."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
-from pvdrivers.device import BackKeys
+from pvdrivers.device import BackKeys, Context
+from pvdrivers.worker.control import WorkerPool
 
 from .outer import OuterPort
-from .port import PortSpec
-from .switch import Switch
-from .tap import MOST_MTU
+from .port import MOST_MTU, PortSpec
+from .switch import Switch, find_switch
+from .uplinks import Uplink, uplinks_of
 
 LEAST_MTU, DEFAULT_MTU = 68, 1500
 
 
 class OtherSide:
-    """The other side of one vif. It leads out, or nowhere: then nothing here does anything."""
+    """The other side of one vif. If it leads out nowhere, nothing here does anything."""
 
-    def __init__(self, owner: str, run_dir: Path) -> None:
-        self._owner, self._stats = owner, run_dir / "stats"
+    def __init__(self, owner: str, context: Context) -> None:
+        self._owner, self._context = owner, context
+        self._stats = context.run_dir / "stats"
+        self._uplink: Uplink | None = None
         self._outer: OuterPort | None = None
         self._asked: tuple[PortSpec, int, bool] | None = None
         self._attached: tuple[Switch, int, int, object] | None = None
@@ -37,6 +40,24 @@ class OtherSide:
             self.close(delete=True)
         self._asked = asked
         self._open()
+        uplink = self._find_uplink(spec) if spec.kind == "switch" else None
+        if self._uplink is not None and self._uplink is not uplink:
+            self._uplink.close(self._owner)
+        self._uplink = uplink
+        if uplink is not None:
+            uplink.open(self._owner)
+
+    def _find_uplink(self, spec: PortSpec) -> Uplink | None:
+        wanted = uplinks_of(self._context.options).get(spec.name)
+        if wanted is None:
+            return None
+        pool = self._context.workers
+        assert isinstance(pool, WorkerPool)
+        switch = find_switch(pool, spec.name)
+        if switch.uplink is None:
+            switch.uplink = Uplink(switch, wanted, self._context.run_dir)
+        uplink: Uplink = switch.uplink
+        return uplink
 
     def _open(self) -> None:
         if self._outer is None and self._asked is not None:
@@ -49,12 +70,16 @@ class OtherSide:
         self._attached = (switch, queues, accepts, device)
         if self._outer is not None:
             self._outer.attach(switch, queues, accepts, device)
+        if self._uplink is not None:
+            self._uplink.join(self._owner)
 
     def detach(self) -> None:
         """Harmless a second time."""
         self._attached = None
         if self._outer is not None:
             self._outer.detach()
+        if self._uplink is not None:
+            self._uplink.leave(self._owner)
 
     def gone(self, error: int) -> str:
         """What was there is not there any more: in words."""
@@ -63,6 +88,8 @@ class OtherSide:
 
     def make_again(self) -> None:
         """If it is gone. Raises as open() does."""
+        if self._uplink is not None:
+            self._uplink.make_again()
         if self.lost and self._outer is not None:
             attached = self._attached
             self.close(delete=True)
@@ -76,3 +103,6 @@ class OtherSide:
         if self._outer is not None:
             self._outer.close(delete=delete)
             self._outer = None
+        if self._uplink is not None:
+            self._uplink.close(self._owner)
+            self._uplink = None

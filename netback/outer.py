@@ -36,7 +36,7 @@ class OuterPort:
     def __init__(self, spec: PortSpec, mtu: int, owner: str, stats: Path, *, needs_bridge: bool = True) -> None:
         """Open it. PlatformError, ConfigError: what cannot be had, and why."""
         self.spec, self.mtu, self.owner = spec, mtu, owner
-        self.port = Port(f"{owner}: {spec}")
+        self.port = Port(f"{owner}: {spec}", vlan=spec.vlan, trunk=spec.trunk)
         self.switch: Switch | None = None
         self._stats = stats
         self._counters: StatsFile | None = None

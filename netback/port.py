@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from pvdrivers.device import BackKeys
 
-__all__ = ["DEFAULT_SWITCH", "PortSpec", "parse_port", "port_of"]
+__all__ = ["DEFAULT_SWITCH", "MOST_MTU", "PortSpec", "parse_port", "parse_uplink", "port_of"]
 
 DEFAULT_SWITCH = "pvdrivers"
 MOST_VLAN = 4094
@@ -34,6 +34,9 @@ _OPTIONS = {
     "bridge": ("netns",),
     "null": (),
 }
+_OF_UPLINKS = ("vlan", "trunk", "mtu")
+MOST_MTU = 65521
+"""A TAP's largest."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class PortSpec:
     ips: tuple[str, ...] = ()
     vlan: int = 0
     trunk: frozenset[int] | None = None
+    mtu: int | None = None
 
     def __str__(self) -> str:
         if self.kind == "bridge":
@@ -58,7 +62,20 @@ class PortSpec:
         return f"{self.kind}:{self.name}"
 
 
-def parse_port(text: str) -> PortSpec:
+def parse_uplink(text: str) -> tuple[str, PortSpec]:
+    """SWITCH=PORT of `serve --uplink`: the switch, and a port that leads out of it. Raises ValueError."""
+    switch, equals, port = text.partition("=")
+    if not equals or not _NAME.fullmatch(switch):
+        raise ValueError(f"{text!r} is not SWITCH=PORT, with a switch of letters, digits, '-', '_' and '.'")
+    spec = parse_port(port, uplink=True)
+    if spec.kind not in ("tap", "packet", "bridge"):
+        raise ValueError(f"{text!r}: an uplink is tap:NAME, packet:INTERFACE or the name of a bridge of Linux")
+    if spec.kind == "bridge":
+        spec = replace(spec, name=f"pv-{switch}"[:15])
+    return switch, spec
+
+
+def parse_port(text: str, *, uplink: bool = False) -> PortSpec:
     """Raises ValueError, with what there is to choose from."""
     first, *options = re.split("[,;]", text)
     kind, colon, name = first.partition(":")
@@ -75,8 +92,9 @@ def parse_port(text: str) -> PortSpec:
     spec = PortSpec(kind, "", bridge=name) if kind == "bridge" else PortSpec(kind, name)
     for option in options:
         key, _, value = option.partition("=")
-        if key not in _OPTIONS[kind]:
-            there = f"there are {', '.join(_OPTIONS[kind])}" if _OPTIONS[kind] else "there are none"
+        known = (*_OPTIONS[kind], *(_OF_UPLINKS if uplink else ()))
+        if key not in known:
+            there = f"there are {', '.join(known)}" if known else "there are none"
             raise ValueError(f"{text!r}: {key!r} is no option of a {kind} port; {there}")
         spec = _with(spec, key, value)
     if spec.vlan and spec.trunk is not None:
@@ -101,6 +119,10 @@ def _with(spec: PortSpec, key: str, value: str) -> PortSpec:
         return replace(spec, vlan=_vlan(value))
     if key == "trunk":
         return replace(spec, trunk=_vlans(value))
+    if key == "mtu":
+        if not (value.isascii() and value.isdigit() and len(value) < 6 and 68 <= int(value) <= MOST_MTU):
+            raise ValueError(f"mtu={value!r} is not from 68 to {MOST_MTU}")
+        return replace(spec, mtu=int(value))
     try:
         address = ipaddress.ip_interface(value)
     except ValueError:

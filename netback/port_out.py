@@ -1,4 +1,4 @@
-"""Packets that leave by a descriptor: a TAP, or a packet socket. One write each: all of their bytes are private by then.
+"""Packets that leave by a descriptor: a TAP, or a packet socket. One write each; all their bytes are private by then.
 
 A descriptor that does not take a packet loses it; one that is gone is told to the control thread, once.
 """

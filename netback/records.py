@@ -69,7 +69,7 @@ PACKET = np.dtype(
         ("to", "i8"),  # index of a port, or TO_ALL, or TO_NOBODY
         ("vlan", "i8"),  # the VLAN that it is in, 0 none; it does not leave that
         ("tagged", "i8"),  # ... and there is a tag that says so
-        ("retag", "i8"),  # somebody wants it the other way
+        ("retag", "i8"),  # 1: somebody wants it the other way; 2: that it is now
         ("fragments", "i8"),
         ("fragment", FRAGMENT, (MAX_SLOTS + 1,)),  # one more stands for a tag that was put in
     ],
@@ -115,6 +115,9 @@ MAX_PORTS = 256
 MAX_LEARNED = 256
 """Addresses learned behind a port: one that floods the table with more pushes out its own."""
 
+MAX_LEARNED_OUTSIDE = 2048
+"""... and behind one that leads out of the process, where a whole network may be."""
+
 PORT = np.dtype(
     [
         ("kind", "i8"),  # PORT_*
@@ -129,13 +132,15 @@ PORT = np.dtype(
         ("learned", "i8"),  # addresses in the table
         ("vlan", "i8"),  # the VLAN of what has no tag here: 1 to 4094; 0: of no VLAN
         ("trunk", "i8"),  # what has a tag is of the VLAN that it says, if that is among
-        ("allowed", "u8", (64,)),  # ... these: a bit each
+        ("allowed", "u4", (128,)),  # ... these: a bit each
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
     align=True,
 )
 
+VLAN_SHIFT = 48
+"""An address in a VLAN, as the table has it: the VLAN above the six bytes."""
 TABLE_BITS = 12
 TABLE_PROBES = 8
 TABLE_ENTRY = np.dtype(
@@ -153,6 +158,7 @@ SWITCH = np.dtype(
     [
         ("ports", "i8", (MAX_PORTS,)),  # addresses of PORTs, 0 none; written by the control side
         ("top", "i8"),  # no index from this on was ever used
+        ("vlans", "i8"),  # a port is, or was, of a VLAN: somebody has to look
         ("wire", "i8"),  # two ports, and what comes by one leaves by the other: nothing is learned
         ("table", "i8"),  # address of TABLE_ENTRY[1 << TABLE_BITS]
         ("slots", "i8"),  # a ring's worth of TX_REQUESTs: private copies

@@ -79,6 +79,15 @@ def _serve(verbs: Verbs) -> None:
         help="the same for the disks of one guest (default: half of that)",
     )
     verb.add_argument(
+        "--uplink",
+        dest="uplinks",
+        action="append",
+        default=[],
+        metavar="SWITCH=PORT",
+        help="a port of a switch of vifs that leads out: tap:NAME, a bridge of Linux, or packet:INTERFACE, with options"
+        " behind commas (docs/network.md); may be repeated",
+    )
+    verb.add_argument(
         "--coalesce",
         type=natural,
         metavar="US",

@@ -59,6 +59,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
             table = _classes(args, embedded)
             warm = time.monotonic() - began
 
+            from pvdrivers import classes
             from pvdrivers.device import Context
             from pvdrivers.worker.control import WorkerPool
 
@@ -73,7 +74,8 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
                 software=args.io == "threads",
             )
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
-                   "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
+                   "grant_pages_per_domain": args.grant_pages_per_domain, "uplinks": args.uplinks}  # fmt: skip
+        classes.check_options(table, options)
         host = _host(args, Context(platform, pool, run_dir, options), table, embedded)
         stack.callback(host.close)
         service = stack.enter_context(_service(host, run_dir, notifier, link))
