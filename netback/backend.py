@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pvdrivers.capture_memory import CaptureMemory, point_to
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
@@ -22,6 +23,7 @@ from .records import (
     ACCEPTS_GSO4,
     ACCEPTS_GSO6,
     ACCEPTS_SG,
+    CAPTURE_AT,
     FAULTS,
     KIND_NAMES,
     MAX_QUEUES,
@@ -213,6 +215,11 @@ class VifBackend(Device):
         """If what is on the other side is gone, make it again."""
         self.other_side.make_again()
         return None
+
+    def capture(self, memory: CaptureMemory | None) -> None:
+        """Have its packets captured; None: no more, and when this returns nobody does."""
+        switch = self.switch
+        point_to(self.port.address + CAPTURE_AT, memory, None if switch is None else switch.worker)
 
     def port_lost(self, error: int) -> str:
         """What is on the other side is gone: in words."""

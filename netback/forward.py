@@ -16,6 +16,7 @@ from rings.atomics import call, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 
+from .captured import capture_received
 from .deliver import begin, flush, to_guest
 from .frame import fill_checksum, parse
 from .port_out import to_port
@@ -84,7 +85,7 @@ def _note_wishes(pa: int, porta: int) -> None:
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
         if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
             packet["fill"] = 1
-    if port["kind"] != PORT_VIF or packet["fill"] != 0:
+    if port["kind"] != PORT_VIF or packet["fill"] != 0 or port["capture"] != 0:
         packet["want"] = packet["size"]
 
 
@@ -92,6 +93,8 @@ def _note_wishes(pa: int, porta: int) -> None:
 def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
     if port_at(porta)["kind"] == PORT_VIF:
         to_guest(wa, swa, pa, porta)
+        if port_at(porta)["capture"] != 0:
+            capture_received(wa, swa, pa, porta)
     else:
         to_port(pa, porta)
 

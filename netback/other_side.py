@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from pvdrivers.device import BackKeys, Context
+from pvdrivers.errors import PlatformError
 from pvdrivers.worker.control import WorkerPool
 
 from .outer import OuterPort
@@ -68,10 +69,22 @@ class OtherSide:
     def attach(self, switch: Switch, queues: int, accepts: int, device: object) -> None:
         """The vif has joined a switch with so many queues: what is behind it does, too."""
         self._attached = (switch, queues, accepts, device)
-        if self._outer is not None:
-            self._outer.attach(switch, queues, accepts, device)
+        try:
+            self._attach(switch, queues, accepts, device)
+        except PlatformError:
+            if self._outer is None:
+                raise
+            # It may have gone while nobody was looking: once more, with another.
+            self._outer.close(delete=True)
+            self._outer = None
+            self._attach(switch, queues, accepts, device)
         if self._uplink is not None:
             self._uplink.join(self._owner)
+
+    def _attach(self, switch: Switch, queues: int, accepts: int, device: object) -> None:
+        self._open()  # or there is none since it was tried last
+        if self._outer is not None:
+            self._outer.attach(switch, queues, accepts, device)
 
     def detach(self) -> None:
         """Harmless a second time."""

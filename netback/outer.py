@@ -62,7 +62,15 @@ class OuterPort:
 
     def attach(self, switch: Switch, queues: int, accepts: int, device: Any) -> None:
         """Join a switch with so many queues, for receivers of `accepts`. `device` is told if what is behind goes."""
-        fds = self.behind.open_queues(queues, accepts)
+        self.switch = switch
+        try:
+            self._attach(switch, self.behind.open_queues(queues, accepts), device)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self, switch: Switch, fds: list[int], device: Any) -> None:
+        queues = len(fds)
         about = {
             "device": f"{self.owner}.port",
             "domid": -1,
@@ -74,7 +82,6 @@ class OuterPort:
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"], row["n_out"] = PORT_OUTER, -1, ACCEPTS_ALL, 0
         switch.join(self.port)
-        self.switch = switch
         for q, fd in enumerate(fds):
             handle = switch.worker.new_ring(device, -1)
             self._handles.append(handle)

@@ -133,6 +133,7 @@ PORT = np.dtype(
         ("vlan", "i8"),  # the VLAN of what has no tag here: 1 to 4094; 0: of no VLAN
         ("trunk", "i8"),  # what has a tag is of the VLAN that it says, if that is among
         ("allowed", "u4", (128,)),  # ... these: a bit each
+        ("capture", "i8"),  # address of a CAPTURE, 0 if nobody looks
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
@@ -141,6 +142,8 @@ PORT = np.dtype(
 
 VLAN_SHIFT = 48
 """An address in a VLAN, as the table has it: the VLAN above the six bytes."""
+CAPTURE_AT: int = PORT.fields["capture"][1]  # type: ignore[index]
+
 TABLE_BITS = 12
 TABLE_PROBES = 8
 TABLE_ENTRY = np.dtype(

@@ -7,8 +7,8 @@
 
 To a trunk a packet of a VLAN goes with a tag, to a port of that VLAN without. One of no VLAN never goes to a trunk with
 a tag that its sender has put in: there it would be of a VLAN. A tag goes in or out of the first bytes, which are
-private; the others are copied as they would be without (IEEE 802.1Q, 9.6: 0x8100, then three bits of priority, one that is not
-used here, and twelve of VLAN).
+private; the others are copied as they would be without (IEEE 802.1Q, 9.6: 0x8100, three bits of priority, one that is
+not used here, twelve of VLAN).
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket 
     Yields what is to be called when all that is there is in hand.
     """
     from pvdrivers import daemons
+    from pvdrivers.captures import Captures
     from pvdrivers.report import SUFFIX, Report
     from pvdrivers.upgrade import New, Old
     from pvdrivers.watchdog import Watchdog
@@ -183,7 +184,8 @@ def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket 
     report = Report(host, record.file(SUFFIX), notifier.status)
     host.listeners.append(lambda life: report.changed())
     watchdog = Watchdog(host, notifier)
-    old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid)
+    others = {"capture": Captures(host).request}
+    old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid, others)
 
     def alone() -> None:
         notifier.main_pid(os.getpid())
