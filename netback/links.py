@@ -125,7 +125,7 @@ def set_up_tap(spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool) -> N
         index = links.index(spec.name)
         if not index:
             raise PlatformError(f"{what}: it was taken away while it was being set up")
-        master = _bridge(links, what, spec, needs_bridge) if spec.bridge else 0
+        master = find_bridge(links, what, spec, needs_bridge) if spec.bridge else 0
         facts = links.facts(index)
         keys: dict[str, Any] = {"ifalias": owner}
         if facts["mtu"] != mtu:
@@ -145,7 +145,7 @@ def set_up_tap(spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool) -> N
         links.set(what, index, state="up")
 
 
-def _bridge(links: Links, what: str, spec: PortSpec, needed: bool) -> int:
+def find_bridge(links: Links, what: str, spec: PortSpec, needed: bool) -> int:
     """The number of the bridge, 0 if it is left to the toolstack's script."""
     index = links.index(spec.bridge)
     if not index:

@@ -14,7 +14,7 @@ from functools import partial
 
 from pvdrivers.errors import ConfigError, PlatformError, PvError
 
-from .links import Links, in_namespace, set_up_tap
+from .links import Links, find_bridge, in_namespace, set_up_tap
 from .port import PortSpec
 from .records import ACCEPTS_GSO4, ACCEPTS_GSO6
 
@@ -40,6 +40,8 @@ class Tap:
         with Links() as links:
             index = links.index(self.spec.name)
             before = links.facts(index) if index else None
+            if self.spec.bridge:
+                find_bridge(links, self.what, self.spec, needs_bridge)  # or all is made and taken away at each try
         self._ours = before is None or before["alias"].startswith("pvdrivers ")
         self.fds.append(self._open(found=before is not None))
         try:

@@ -123,11 +123,11 @@ class Life:
 
     def notice(self, kind: str, text: str) -> None:
         """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
-        before = self.troubles.now.get(kind, "")
+        before = self.troubles.now.get(kind)
         self.troubles.notice(kind, text)
         if kind == "port" and text:
             self.nodes.report(text, logged=True)
-        elif kind == "port" and self.nodes.reported == before:
+        elif before is not None and self.nodes.reported == before:
             self.nodes.clear_report()
 
     def look(self) -> None:
@@ -331,6 +331,9 @@ class Life:
         elif keys:
             # The unchanged state is written again: that is how Linux tells a frontend of a new size.
             self._publish(ours, keys, ours)
+        if error is None and "port" in self.troubles.now:
+            self.troubles.over("port")
+            self.nodes.clear_report()
 
     def _closed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
         if self._publish(ours, {}, state):

@@ -26,6 +26,8 @@ from pvdrivers.link import PACKET, send
 from rings.netif import GSO_TCPV6
 from rings.vnet import CSUM_BLANK
 
+from . import Terminated
+
 _IDLE_SECONDS = 0.02
 _FLUSH_SECONDS = 0.5
 _NAME = re.compile(r"(?:vif[-/]?)?(\d+)[./-](\d+)")
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
             writer = Writer(file, name, args.snaplen)
             try:
                 _follow(sock, ring, writer, args)
-            except KeyboardInterrupt:
-                pass  # the usual way to end it
+            except (KeyboardInterrupt, Terminated):
+                pass  # the usual ways to end it
             finally:
                 writer.packets(ring)
                 writer.end(ring)

@@ -33,7 +33,7 @@ class Capture:
         self.said = self.popen.stderr.readline()
 
     def end(self) -> str:
-        self.popen.send_signal(signal.SIGINT)
+        self.popen.send_signal(signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> str:
@@ -107,22 +107,22 @@ def test_both_directions(net: Any, tmp_path: Path) -> None:
     assert comments == ["", "", "checksum blank", "GSO TCPv4, segments of 1448 bytes; checksum blank", ""]
     said = subprocess.run(["tcpdump", "-n", "-e", "-r", str(capture.out)], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    assert len(said.stdout.splitlines()) == 5
+    assert sum("ethertype" in line for line in said.stdout.splitlines()) == 5
     assert "10.0.0.1.7 > 10.0.0.2.9: UDP, length 3000" in said.stdout
     a.vif.send(a.frame(b))  # nobody looks any more
     assert b.vif.receive(5) == a.frame(b)
 
 
 def test_an_interface_a_queue(net: Any, tmp_path: Path) -> None:
-    a, b = net.guest(queues=3), net.guest(queues=2)
+    a, b = net.guest(queues=3), net.guest()
     capture = Capture(a, tmp_path / "q.pcapng", "--packets", "40", "--snaplen", "64")
     for flow in range(40):
         packet, _ = udp(bytes(100))
-        a.vif.send_all([Frame(a.frame(b, packet[:20] + flow.to_bytes(2, "big") + packet[22:], 0x800))])
+        a.vif.send_all([Frame(a.frame(b, packet[:20] + flow.to_bytes(2, "big") + packet[22:], 0x800))], queue=flow % 3)
         b.vif.receive(5)
     assert "40 packets" in capture.wait()
     names = [options_of(body[8:])[2].decode() for kind, body in blocks(capture.out) if kind == 1]
-    assert set(names) <= {f"{a.name}.q{q}" for q in range(3)} and len(names) >= 2
+    assert sorted(names) == [f"{a.name}.q{q}" for q in range(3)]
     for interface, data, size, options in packets(capture.out):
         assert (len(data), size) == (64, 14 + 128)
         assert names[interface].endswith(f".q{struct.unpack('<I', options[6])[0]}")
