@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pvdrivers.capture_memory import CaptureMemory, point_to
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
@@ -15,6 +16,7 @@ from rings import netif
 
 from .attach import attach_ring, wake_guest
 from .control_attach import ControlKeys, attach_control, forget, parse_control
+from .other_side import OtherSide
 from .params import VifSpec, vif_of
 from .records import (
     ACCEPTS_CSUM4,
@@ -22,12 +24,14 @@ from .records import (
     ACCEPTS_GSO4,
     ACCEPTS_GSO6,
     ACCEPTS_SG,
+    CAPTURE_AT,
     FAULTS,
     KIND_NAMES,
     MAX_QUEUES,
     PORT_VIF,
 )
 from .switch import Port, Switch, find_switch
+from .uplinks import uplinks_of
 
 OFFERED_QUEUES = 8
 """As many as Linux's netback offers (xenvif_max_queues), at the most."""
@@ -102,12 +106,19 @@ class VifBackend(Device):
         self.spec: VifSpec | None = None
         self.port = Port(str(ident))
         self.switch: Switch | None = None
+        self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []  # the last may be the control ring's
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """The uplinks."""
+        uplinks_of(options)
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
         self.spec = vif_of(self.params, OFFERED_QUEUES)
+        self.other_side.open(self.spec.port, self.params)
         return {
             netif.KEY_SG: 1,
             netif.KEY_GSO_TCPV4: 1,
@@ -141,9 +152,14 @@ class VifBackend(Device):
         domid = self.ident.domid
         platform.prepare(domid)
         self._count(said, recover)
-        name = self.spec.port.name
-        self.switch = find_switch(pool, name) if name else Switch(str(self.ident), pool.choose(1)[0])
-        self.port.mac = self.spec.mac
+        if self.spec.port.kind == "switch":
+            self.switch = find_switch(pool, self.spec.port.name)
+        else:
+            self.switch = Switch(str(self.ident), pool.choose(1)[0], wire=True)
+        self.port.mac, self.port.vlan, self.port.trunk = self.spec.mac, self.spec.port.vlan, self.spec.port.trunk
+        if self.port.trunk is not None:
+            # A guest knows no blank checksum, and no segments, behind a tag (Linux: skb_checksum_setup).
+            said.accepts &= ACCEPTS_SG
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
         row["handed_over"] = row["n_out"] = row["hashes"] = 0
@@ -162,6 +178,7 @@ class VifBackend(Device):
             self.queues.append(QueueState(self.switch.worker))
             attach_control(self, self.switch.worker, said.control, self.queues[-1], recover)
         self.switch.join(self.port)
+        self.other_side.attach(self.switch, len(said.queues), said.accepts, self)
         for state in self.queues:
             if recover:
                 wake_guest(state)
@@ -193,20 +210,37 @@ class VifBackend(Device):
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""
         self.port.record[0]["handed_over"] = 1
         self._release()
+        self.other_side.close()
         if self.counters is not None:
             self.counters.remove()
             self.counters = None
 
     def removed(self) -> None:
         """The vif has been detached."""
+        self.other_side.close(delete=True)
         if self.counters is not None:
             self.counters.remove()
             self.counters = None
+
+    def refresh(self) -> Publish | None:
+        """If what is on the other side is gone, make it again."""
+        self.other_side.make_again()
+        return None
+
+    def capture(self, memory: CaptureMemory | None) -> None:
+        """Have its packets captured; None: no more, and when this returns nobody does."""
+        switch = self.switch
+        point_to(self.port.address + CAPTURE_AT, memory, None if switch is None else switch.worker)
+
+    def port_lost(self, error: int) -> str:
+        """What is on the other side is gone: in words."""
+        return self.other_side.gone(error)
 
     def _release(self) -> None:
         if self.switch is not None:
             self.port.record[0]["n_out"] = 0
             self.switch.leave(self.port)
+            self.other_side.detach()
         for state in self.queues:
             for handle in state.handles:
                 if handle in state.attached:
@@ -241,11 +275,11 @@ class QueueState:
 
 def warm() -> None:
     """Compile all that serves a vif, before the first InitWait."""
-    from . import attach, queue, staging_share
+    from . import attach, port_in, queue, staging_share
 
     attach.warm()
     staging_share.warm()
-    del queue
+    del port_in, queue
 
 
 assert OFFERED_QUEUES <= MAX_QUEUES

@@ -16,8 +16,10 @@ from rings.atomics import call, copy_in, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 
+from .captured import capture_received
 from .deliver import begin, flush, to_guest
 from .frame import fill_checksum, parse
+from .port_out import to_port
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -29,6 +31,7 @@ from .records import (
     PORT_VIF,
     TO_ALL,
     TO_NOBODY,
+    VLAN_SHIFT,
     fragment_at,
     packet_at,
     port_at,
@@ -36,6 +39,7 @@ from .records import (
 )
 from .staging import page_of, stage_at
 from .table import find, learn
+from .vlan import admits, classify, retag, suits
 
 _PACKET_SIZE = PACKET.itemsize
 
@@ -56,13 +60,19 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
         packet["to"] = TO_ALL
         return
     packet["to"] = TO_NOBODY
-    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"], now, 0):
+    vlan = i64(0)
+    if switch_at(swa)["vlans"] != 0:
+        if not classify(pa, porta):
+            stats_at(stats)["kinds"][N_NOBODY] += 1
+            return
+        vlan = packet["vlan"] << VLAN_SHIFT
+    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"] | vlan, now, 0):
         stats_at(stats)["kinds"][N_SPOOFED] += 1
         return
     if packet["dst"] & 1 != 0:
         packet["to"] = TO_ALL
         return
-    index = find(swa, packet["dst"], now)
+    index = find(swa, packet["dst"] | vlan, now)
     packet["to"] = index if index >= 0 else TO_ALL
     if index == port_at(porta)["index"]:
         packet["to"] = TO_NOBODY
@@ -76,18 +86,24 @@ def _note_wishes(pa: int, porta: int) -> None:
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
         if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
             packet["fill"] = 1
-    if port["kind"] != PORT_VIF or packet["fill"] != 0:
+    if port["kind"] != PORT_VIF or packet["fill"] != 0 or port["capture"] != 0:
         packet["want"] = packet["size"]
 
 
 @inline
 def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
-    to_guest(wa, swa, pa, porta)
+    if port_at(porta)["kind"] == PORT_VIF:
+        to_guest(wa, swa, pa, porta)
+        if port_at(porta)["capture"] != 0:
+            capture_received(wa, swa, pa, porta)
+    else:
+        to_port(pa, porta)
 
 
 @kernel
 def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
-    """For every receiver of a packet: send it, or note what it needs. How many there are."""
+    """For every receiver of a packet: send it if its tag is as that wants it, or note what is needed. How many there
+    are."""
     sw = switch_at(swa)
     to = packet_at(pa)["to"]
     found = i64(0)
@@ -98,6 +114,13 @@ def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
         other = sw["ports"][i]
         if other == 0 or other == porta:
             continue
+        if sw["vlans"] != 0:
+            if not admits(pa, other):
+                continue
+            if not suits(pa, other):
+                if send != 0:
+                    continue
+                packet_at(pa)["retag"] = 1
         found += 1
         if send != 0:
             _send_to(wa, swa, pa, other)
@@ -156,6 +179,26 @@ def _goes_on(packet: Any) -> bool:
 
 
 @kernel
+def _send_retagged(wa: int, swa: int, porta: int, n: int) -> None:
+    """To those that want packets the other way: with a tag, or without. All others have been copied by then."""
+    flush(wa, swa)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet) and packet["to"] != TO_NOBODY and packet["retag"] != 0:
+            retag(pa)
+            packet["retag"] = 2
+            _each(wa, swa, porta, pa, 1)
+    flush(wa, swa)
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if packet["retag"] == 2:
+            retag(pa)
+        packet["retag"] = 0
+
+
+@kernel
 def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
     """Send on the switch's first n packets, which have come by a port and of which the first bytes are private.
 
@@ -179,5 +222,8 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             if packet["fill"] != 0:
                 fill_checksum(pa)
             _each(wa, swa, porta, pa, 1)
-        packet["said"] = 0  # of the next packet in its place nobody may have said anything
+    if switch_at(swa)["vlans"] != 0:
+        _send_retagged(wa, swa, porta, n)
+    for k in range(n):
+        packet_at(packet_of(swa, k))["said"] = 0  # of the next packet in its place nobody may have said anything
     flush(wa, swa)

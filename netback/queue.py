@@ -28,6 +28,7 @@ from rings.netif import (
 )
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, slot
 
+from .captured import capture_sent
 from .forward import fetch, forward, packet_of
 from .records import (
     BATCH,
@@ -139,9 +140,14 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             packet["status"] = RSP_ERROR  # there is no filter, and none was offered
         packet["at"] = at
         _prepare(pa, ra)
+        if port["capture"] != 0:
+            packet["want"] = packet["size"]
         at += took
         packets += 1
     stats_at(ring["stats"])["grants_copied"] += fetch(wa, swa, packets)
+    if port["capture"] != 0:
+        for k in range(packets):
+            capture_sent(wa, ra, packet_of(swa, k))
     forward(wa, swa, porta, packets, ring["stats"])
     for k in range(packets):
         _respond(ra, swa, packet_of(swa, k))

@@ -71,8 +71,11 @@ PACKET = np.dtype(
         ("csum_at", "i8"),  # ... and where its checksum is
         ("hash", "i8"),  # of its flow, 32 bits
         ("to", "i8"),  # index of a port, or TO_ALL, or TO_NOBODY
+        ("vlan", "i8"),  # the VLAN that it is in, 0 none; it does not leave that
+        ("tagged", "i8"),  # ... and there is a tag that says so
+        ("retag", "i8"),  # 1: somebody wants it the other way; 2: that it is now
         ("fragments", "i8"),
-        ("fragment", FRAGMENT, (MAX_SLOTS,)),
+        ("fragment", FRAGMENT, (MAX_SLOTS + 1,)),  # one more stands for a tag that was put in
     ],
     align=True,
 )
@@ -100,11 +103,14 @@ MOST_HEADROOM = 2048
 """Bytes that a guest may want free before its data, in each page. Linux's netfront wants 256 (XDP_PACKET_HEADROOM)."""
 MOST_BYTES = 65536
 """Room for a whole packet."""
+HEADROOM = 64
+"""Bytes free before a packet's: for what a TAP says of it, and for a tag."""
+STRIDE = HEADROOM + MOST_BYTES + HEADROOM
 BATCH = 32
 """Packets taken from a ring, or read from a TAP, before they are sent on: WORKER.budget is no more."""
 
 # PORT.kind
-PORT_VIF, PORT_TAP = 1, 2
+PORT_VIF, PORT_OUTER = 1, 2
 # PORT.accepts
 ACCEPTS_SG, ACCEPTS_CSUM4, ACCEPTS_CSUM6 = 1, 2, 4
 ACCEPTS_GSO4, ACCEPTS_GSO6 = 8 << GSO_TCPV4, 8 << GSO_TCPV6
@@ -114,6 +120,9 @@ MAX_QUEUES = 16
 MAX_PORTS = 256
 MAX_LEARNED = 256
 """Addresses learned behind a port: one that floods the table with more pushes out its own."""
+
+MAX_LEARNED_OUTSIDE = 2048
+"""... and behind one that leads out of the process, where a whole network may be."""
 
 PORT = np.dtype(
     [
@@ -129,11 +138,19 @@ PORT = np.dtype(
         ("learned", "i8"),  # addresses in the table
         ("hashes", "i8"),  # address of the HASHES that its guest sets, 0 if it cannot
         ("headroom", "i8"),  # bytes that its guest wants free before the data in each page
+        ("vlan", "i8"),  # the VLAN of what has no tag here: 1 to 4094; 0: of no VLAN
+        ("trunk", "i8"),  # what has a tag is of the VLAN that it says, if that is among
+        ("allowed", "u4", (128,)),  # ... these: a bit each
+        ("capture", "i8"),  # address of a CAPTURE, 0 if nobody looks
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
     align=True,
 )
+
+VLAN_SHIFT = 48
+"""An address in a VLAN, as the table has it: the VLAN above the six bytes."""
+CAPTURE_AT: int = PORT.fields["capture"][1]  # type: ignore[index]
 
 TABLE_BITS = 12
 TABLE_PROBES = 8
@@ -152,11 +169,12 @@ SWITCH = np.dtype(
     [
         ("ports", "i8", (MAX_PORTS,)),  # addresses of PORTs, 0 none; written by the control side
         ("top", "i8"),  # no index from this on was ever used
+        ("vlans", "i8"),  # a port is, or was, of a VLAN: somebody has to look
         ("wire", "i8"),  # two ports, and what comes by one leaves by the other: nothing is learned
         ("table", "i8"),  # address of TABLE_ENTRY[1 << TABLE_BITS]
         ("slots", "i8"),  # a ring's worth of TX_REQUESTs: private copies
         ("packets", "i8"),  # PACKET[BATCH]
-        ("data", "i8"),  # MOST_BYTES for each of them
+        ("data", "i8"),  # STRIDE bytes for each of them, of which HEADROOM stay free
         ("deliveries", "i8"),  # DELIVERY[MAX_DELIVERIES]
         ("n_deliveries", "i8"),
         ("n_ops", "i8"),  # copies in the worker's batch

@@ -8,6 +8,7 @@ which the worker has to come round; after that no pass can be under way that sti
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,11 +23,12 @@ from rings.netif import TX_ENTRY_SIZE
 from .records import (
     BATCH,
     DELIVERY,
+    HEADROOM,
     MAX_DELIVERIES,
     MAX_PORTS,
-    MOST_BYTES,
     PACKET,
     PORT,
+    STRIDE,
     SWITCH,
     TABLE_BITS,
     TABLE_ENTRY,
@@ -43,6 +45,8 @@ class Port:
 
     label: str
     mac: int = 0
+    vlan: int = 0
+    trunk: frozenset[int] | None = None
     record: np.ndarray = field(default_factory=lambda: np.zeros(1, PORT))
 
     @property
@@ -58,6 +62,8 @@ class Switch:
         self.name = name
         self.worker = worker
         self.record = np.zeros(1, SWITCH)
+        self.uplink: Any = None
+        """Its Uplink, if it has one."""
         self._keep: list[Any] = []
         self._lock = threading.Lock()
         self._ports: dict[int, Port] = {}
@@ -69,8 +75,8 @@ class Switch:
         row["deliveries"] = self._new(MAX_DELIVERIES * DELIVERY.itemsize)
         row["scratch"] = self._new(64)
         packets = np.zeros(BATCH, PACKET)
-        data = self._new(BATCH * MOST_BYTES)
-        packets["data"] = data + np.arange(BATCH) * MOST_BYTES
+        row["data"] = self._new(BATCH * STRIDE)
+        packets["data"] = int(row["data"]) + HEADROOM + np.arange(BATCH) * STRIDE
         self._keep.append(packets)
         row["packets"] = packets.ctypes.data
 
@@ -88,7 +94,8 @@ class Switch:
         """Give a port an index. ConfigError if its address is that of another, PvError if there is no room."""
         with self._lock:
             for other in self._ports.values():
-                if port.mac and other.mac == port.mac:
+                same = port.vlan == other.vlan or port.trunk is not None or other.trunk is not None
+                if port.mac and other.mac == port.mac and same:
                     raise ConfigError(
                         f"{port.label}: its address {mac_text(port.mac)} is that of {other.label} on switch"
                         f" {self.name}; give it another `mac`"
@@ -101,6 +108,9 @@ class Switch:
             row = port.record[0]
             row["index"], row["epoch"], row["switch"], row["mac"] = index, self._epoch, self.address, port.mac
             row["joined"] = row["learned"] = 0
+            row["vlan"], row["trunk"], row["allowed"] = port.vlan, port.trunk is not None, _bits(port.trunk or ())
+            if port.vlan or port.trunk is not None:
+                self.record[0]["vlans"] = 1
             self._ports[index] = port
             self.record[0]["top"] = max(int(self.record[0]["top"]), index + 1)
             # Release: who sees the port sees what is in it.
@@ -113,6 +123,14 @@ class Switch:
             if self._ports.get(index) is port:
                 store_word(self.address + index * 8, 0)
                 del self._ports[index]
+
+
+def _bits(vlans: Iterable[int]) -> np.ndarray:
+    """PORT.allowed"""
+    bits = np.zeros(128, np.uint32)
+    for vlan in vlans:
+        bits[vlan >> 5] |= np.uint32(1 << (vlan & 31))
+    return bits
 
 
 def mac_text(mac: int) -> str:

@@ -2,7 +2,7 @@
 
 A port's own address - what the toolstack has given the vif - is fixed: nobody else can be learned under it. All others
 are learned from what is sent, may move from port to port as guests within guests do, and are forgotten after AGE_NS.
-A full neighbourhood of the table gives up what was seen longest ago.
+A full neighbourhood of the table gives up what was seen longest ago. A `mac` here has its VLAN above the six bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from typing import Any
 from rings.atomics import i64, records
 from rings.jit import inline, kernel
 
-from .records import MAX_LEARNED, TABLE_BITS, TABLE_ENTRY, TABLE_PROBES, port_at, switch_at
+from .records import (
+    MAX_LEARNED,
+    MAX_LEARNED_OUTSIDE,
+    PORT_VIF,
+    TABLE_BITS,
+    TABLE_ENTRY,
+    TABLE_PROBES,
+    VLAN_SHIFT,
+    port_at,
+    switch_at,
+)
 
 AGE_NS = 300_000_000_000
 """As long as Linux's bridge keeps an address."""
@@ -22,7 +32,7 @@ _MASK = (1 << TABLE_BITS) - 1
 
 @inline
 def _entry(swa: int, mac: int, probe: int) -> Any:
-    hash = (((mac ^ mac >> 17) & 0x7FFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF) >> (32 - TABLE_BITS)
+    hash = (((mac ^ mac >> 17 ^ mac >> VLAN_SHIFT) & 0x7FFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF) >> (32 - TABLE_BITS)
     return records(switch_at(swa)["table"] + ((hash + probe) & _MASK) * _SIZE, 1, TABLE_ENTRY)[0]
 
 
@@ -55,7 +65,8 @@ def lookup(swa: int, mac: int, now: int) -> int:
 def _age(swa: int, porta: int, entry: Any, now: int) -> int:
     """How readily an entry is given up: ns since it was seen, -1 never. A port that has many gives up its own."""
     owner = _owner(swa, entry)
-    if owner != porta and port_at(porta)["learned"] >= MAX_LEARNED:
+    most = MAX_LEARNED if port_at(porta)["kind"] <= PORT_VIF else MAX_LEARNED_OUTSIDE
+    if owner != porta and port_at(porta)["learned"] >= most:
         return i64(-1)
     if owner == 0:
         return i64(1) << 62
@@ -101,7 +112,7 @@ def join(swa: int, porta: int, now: int) -> None:
     if port["joined"] == 0:
         port["joined"] = 1
         if port["mac"] != 0:
-            learn(swa, porta, port["mac"], now, 1)
+            learn(swa, porta, port["mac"] | port["vlan"] << VLAN_SHIFT, now, 1)
 
 
 @kernel

@@ -13,9 +13,10 @@ for by name, and then only where no QEMU is to be found. `vif` is netback's.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from . import modprobe
 from .device import Device
@@ -60,6 +61,15 @@ def load(name: str) -> type[Device]:
 def load_all(names: Iterable[str] | None = None) -> dict[str, type[Device]]:
     """The classes asked for, by default all but those that have to be asked for."""
     return {name: load(name) for name in (sorted(known().keys() - ONLY_BY_NAME) if names is None else names)}
+
+
+def check_options(table: Mapping[str, type[Device]], options: Mapping[str, Any]) -> None:
+    """Have the classes look at the options of `serve` (Context.options), before anything is served: those that have a
+    class method of this name. Raises ConfigError."""
+    for found in table.values():
+        check = getattr(found, "check_options", None)
+        if check is not None:
+            check(options)
 
 
 def in_qemu(store: XenStore, home: int, name: str, domid: int, devid: int) -> str:

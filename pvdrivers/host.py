@@ -178,7 +178,7 @@ class Host:
                 life.fault(violation)
         for device, kind, text in self.context.workers.notices():
             if (life := self._life_of(device)) is not None:
-                life.troubles.notice(kind, text)
+                life.notice(kind, text)
 
     def _life_of(self, device: Device) -> Life | None:
         life = self.lives.get(key_of(device.ident))

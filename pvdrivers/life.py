@@ -30,7 +30,7 @@ S = XenbusState
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
-_OF_RINGS = ("grants", "events", "io")  # troubles of rings that are no more
+_OF_RINGS = ("grants", "events", "io", "port")  # troubles of rings that are no more
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -120,6 +120,15 @@ class Life:
         if not self.gone:
             self._fault = text
             self.look()
+
+    def notice(self, kind: str, text: str) -> None:
+        """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
+        before = self.troubles.now.get(kind)
+        self.troubles.notice(kind, text)
+        if kind == "port" and text:
+            self.nodes.report(text, logged=True)
+        elif before is not None and self.nodes.reported == before:
+            self.nodes.clear_report()
 
     def look(self) -> None:
         """Take the steps that follow from what is in the store now."""
@@ -322,6 +331,9 @@ class Life:
         elif keys:
             # The unchanged state is written again: that is how Linux tells a frontend of a new size.
             self._publish(ours, keys, ours)
+        if error is None and "port" in self.troubles.now:
+            self.troubles.over("port")
+            self.nodes.clear_report()
 
     def _closed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
         if self._publish(ours, {}, state):

@@ -45,6 +45,7 @@ NR_PWRITEV2: Final = _nr(328, 287)
 NR_READV: Final = _nr(19, 65)
 NR_WRITEV: Final = _nr(20, 66)
 NR_IOCTL: Final = _nr(16, 29)
+NR_RECVMSG: Final = _nr(47, 212)
 NR_SCHED_YIELD: Final = _nr(24, 124)
 NR_MADVISE: Final = _nr(28, 233)
 NR_GETPID: Final = _nr(39, 172)
@@ -66,8 +67,7 @@ EINTR: Final = errno.EINTR
 EINVAL: Final = errno.EINVAL
 ENOMEM: Final = errno.ENOMEM
 
-FUTEX_WAIT: Final = 0
-FUTEX_WAKE: Final = 1
+FUTEX_WAIT, FUTEX_WAKE = 0, 1
 
 PROT_NONE: Final = 0
 PROT_READ: Final = 1

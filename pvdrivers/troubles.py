@@ -23,6 +23,7 @@ _GUEST_TO_MOVE = {
 _OVER = {
     "grants": "its guest's pages are mapped again",
     "events": "its guest sends no events without end any more",
+    "port": "its port is there again",
 }
 
 
@@ -40,6 +41,7 @@ class Troubles:
     events    its guest sends events with nothing behind them
     grants    Xen had no room to map its guest's pages, which are copied
     io        requests failed, by its store or by a page of its guest
+    port      what a vif has on its other side, a TAP say, is gone
     """
 
     def __init__(self, name: str, control: Control, changed: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import __version__, journal
@@ -55,12 +55,19 @@ class Old:
     """The part of the process that is to be followed."""
 
     def __init__(
-        self, host: Host, listener: socket.socket, command: list[str], main_pid: Callable[[int], None]
+        self,
+        host: Host,
+        listener: socket.socket,
+        command: list[str],
+        main_pid: Callable[[int], None],
+        others: Mapping[str, Callable[[socket.socket, dict[str, Any]], None]] | None = None,
     ) -> None:
-        """`command` starts a successor; `main_pid` tells the service manager of it."""
+        """`command` starts a successor; `main_pid` tells the service manager of it; `others` answer what else may be
+        asked for at the same socket ("do")."""
         self._host = host
         self._listener = listener
         self._command = command
+        self._others = dict(others or {})
         self._main_pid = main_pid
         self._asked: socket.socket | None = None  # who wants to know how it goes
         self._link: socket.socket | None = None
@@ -99,7 +106,9 @@ class Old:
         except BlockingIOError:
             message = {}
         timeout, force = message.get("timeout"), message.get("force") is True
-        if message.get("do") != "upgrade" or not isinstance(timeout, int | float):
+        if (other := self._others.get(str(message.get("do")))) is not None:
+            other(sock, message)
+        elif message.get("do") != "upgrade" or not isinstance(timeout, int | float):
             sock.close()
         elif self._link is not None or self._host.stopping or self._host.finder.passive:
             send(sock, event="failed", why="an upgrade is under way already, or this daemon is ending")

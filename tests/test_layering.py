@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "shell": {"rings", "core", "sim", "xen", "frontends"},
     **{backend: {"rings", "core"} for backend in BACKENDS},
 }
-OUTSIDE = {"numpy", "numba", "cffi", "llvmlite"}
+OUTSIDE = {"numpy", "numba", "cffi", "llvmlite", "pyroute2"}
+SPEAKS_NETLINK = {"netback/links.py"}
 SPEAKS_LLVM = {"rings/atomics.py", "rings/emit.py", "pvdrivers/syscalls.py"}
 COMPILES = {"rings/jit.py"}
 COMPILERS = {"jit", "njit", "cfunc", "vectorize", "guvectorize", "stencil"}
@@ -143,6 +144,8 @@ def violations(path: str, source: str) -> list[str]:
     for line, top in facts.outermost():
         if top == "llvmlite" and path not in SPEAKS_LLVM:
             found.append(f"{path}:{line}: llvmlite belongs in {' and '.join(sorted(SPEAKS_LLVM))} only")
+        elif top == "pyroute2" and path not in SPEAKS_NETLINK:
+            found.append(f"{path}:{line}: pyroute2 belongs in {' and '.join(sorted(SPEAKS_NETLINK))} only")
         elif top not in OUTSIDE and top not in PRODUCT and top not in sys.stdlib_module_names:
             found.append(f"{path}:{line}: {top} is not among the packages that this project uses")
         if ours == "rings" and top in NOT_IN_RINGS and not (top == "threading" and path in TAKES_A_LOCK):
@@ -236,6 +239,7 @@ def test_something_was_looked_at() -> None:
         ("pvdrivers/bench/a.py", "from usbback import request", "shell must not import usbback"),
         ("pvdrivers/a.py", "from llvmlite import ir", "llvmlite belongs in"),
         ("rings/a.py", "import llvmlite.binding", "llvmlite belongs in"),
+        ("netback/tap.py", "import pyroute2", "pyroute2 belongs in"),
         ("rings/a.py", "from numba import njit", "numba.njit belongs in rings/jit.py"),
         ("blkback/a.py", "import numba\n@numba.njit(cache=True)\ndef f(): pass", "numba.njit belongs in"),
     ],

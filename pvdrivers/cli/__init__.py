@@ -28,7 +28,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 # These run until they are told to stop: SIGTERM is their orderly end and no failure.
-_SERVICES = frozenset({"sim", "serve", "guest"})
+_SERVICES = frozenset({"sim", "serve", "guest", "capture"})
 
 
 class Terminated(BaseException):

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, _upgrade, *disks.VERBS):
+    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _capture, _warm, _check, _upgrade, *disks.VERBS):
         declare(verbs)
     return top
 
@@ -77,6 +77,15 @@ def _serve(verbs: Verbs) -> None:
         type=natural,
         metavar="N",
         help="the same for the disks of one guest (default: half of that)",
+    )
+    verb.add_argument(
+        "--uplink",
+        dest="uplinks",
+        action="append",
+        default=[],
+        metavar="SWITCH=PORT",
+        help="a port of a switch of vifs that leads out: tap:NAME, a bridge of Linux, or packet:INTERFACE, with options"
+        " behind commas (docs/network.md); may be repeated",
     )
     verb.add_argument(
         "--coalesce",
@@ -207,6 +216,25 @@ def _stats(verbs: Verbs) -> None:
     run_dir_option(verb)
     verb.add_argument("--json", action="store_true", help="one JSON document on standard output")
     verb.add_argument("--inflight", action="store_true", help="list the requests under way, and for how long")
+
+
+def _capture(verbs: Verbs) -> None:
+    verb = new_verb(verbs, "capture", "write the packets of a vif to a pcapng file, for Wireshark or tcpdump")
+    verb.add_argument("vif", metavar="VIF", help="vif-DOMID-DEVID, as `pvdrivers stats` has it")
+    verb.add_argument("out", metavar="FILE", help="the file; - is standard output")
+    run_dir_option(verb)
+    verb.add_argument("--seconds", type=positive, metavar="N", help="end after so long (default: at SIGINT)")
+    verb.add_argument("--packets", type=positive, metavar="N", help="end after so many")
+    verb.add_argument(
+        "--snaplen", type=positive, default=1 << 17, metavar="BYTES", help="most bytes of a packet (default: all of it)"
+    )
+    verb.add_argument(
+        "--buffer",
+        type=positive,
+        default=16,
+        metavar="MIB",
+        help="memory for packets that are not written yet; what finds no room is counted (default: %(default)s)",
+    )
 
 
 def _upgrade(verbs: Verbs) -> None:

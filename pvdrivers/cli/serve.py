@@ -59,6 +59,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
             table = _classes(args, embedded)
             warm = time.monotonic() - began
 
+            from pvdrivers import classes
             from pvdrivers.device import Context
             from pvdrivers.worker.control import WorkerPool
 
@@ -73,7 +74,8 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
                 software=args.io == "threads",
             )
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
-                   "grant_pages_per_domain": args.grant_pages_per_domain}  # fmt: skip
+                   "grant_pages_per_domain": args.grant_pages_per_domain, "uplinks": args.uplinks}  # fmt: skip
+        classes.check_options(table, options)
         host = _host(args, Context(platform, pool, run_dir, options), table, embedded)
         stack.callback(host.close)
         service = stack.enter_context(_service(host, run_dir, notifier, link))
@@ -173,6 +175,7 @@ def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket 
     Yields what is to be called when all that is there is in hand.
     """
     from pvdrivers import daemons
+    from pvdrivers.captures import Captures
     from pvdrivers.report import SUFFIX, Report
     from pvdrivers.upgrade import New, Old
     from pvdrivers.watchdog import Watchdog
@@ -181,7 +184,8 @@ def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket 
     report = Report(host, record.file(SUFFIX), notifier.status)
     host.listeners.append(lambda life: report.changed())
     watchdog = Watchdog(host, notifier)
-    old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid)
+    others = {"capture": Captures(host).request}
+    old = Old(host, daemons.listen(record.file("sock")), record.daemon.command, notifier.main_pid, others)
 
     def alone() -> None:
         notifier.main_pid(os.getpid())

@@ -155,3 +155,12 @@ def mark_dead(ra: int, violation: int) -> None:
     # Release: who sees the state sees the reason.
     store_release64(ra + _RING_STATE_AT, i64(RING_DEAD))
     eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)
+
+
+@kernel
+def mark_lost(ra: int, error: int) -> None:
+    """A descriptor of a class's own is no good any more, -errno, or is again, 0: the control thread hears of it."""
+    ring = ring_at(ra)
+    if ring["lost"] != error:
+        ring["lost"] = error
+        eventfd_add(worker_at(ring["worker"])["alert_fd"], 1)

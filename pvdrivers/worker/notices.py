@@ -60,13 +60,13 @@ def _troubles(rings: Sequence[Attached]) -> Iterator[tuple[Attached, str, str]]:
     """Each kind once a device, whatever the number of its rings."""
     seen: list[tuple[Any, str]] = []
     for ring in rings:
-        for kind, text in _of(ring.record):
+        for kind, text in _of(ring.device, ring.record):
             if not any(d is ring.device and k == kind for d, k in seen):
                 seen.append((ring.device, kind))
                 yield ring, kind, text
 
 
-def _of(ring: np.void) -> Iterator[tuple[str, str]]:
+def _of(device: Any, ring: np.void) -> Iterator[tuple[str, str]]:
     if ring["limit"]:
         yield "grants", LIMIT.format(status=int(ring["limit"]))
     if ring["failures"]:
@@ -76,3 +76,5 @@ def _of(ring: np.void) -> Iterator[tuple[str, str]]:
         yield "io", FAILED.format(count=rounded, nbytes=ring["failed_bytes"], at=ring["failed_at"], why=why)
     if ring["storming"]:
         yield "events", STORM
+    if ring["lost"]:
+        yield "port", device.port_lost(-int(ring["lost"]))

@@ -146,6 +146,7 @@ RING = np.dtype(
         ("port", "i8"),  # -1: it has none, and is ready when its event_fd is, a descriptor of its class's own
         ("event_fd", "i8"),
         ("event_token", "i8"),
+        ("lost", "i8"),  # -errno that a descriptor of its class's own is lost by; 0: it is in order
         ("polled", "i8"),  # 0 no poll of event_fd, 1 queued, 2 being removed
         ("blocked", "i8"),  # cannot take what is pending until something else happens (hold, no resources)
         ("masked", "i8"),  # its port was delivered and waits for event_unmask

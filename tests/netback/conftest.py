@@ -23,15 +23,15 @@ COMMAND = [sys.executable, "-m", "pvdrivers"]
 class Daemon:
     """`pvdrivers serve --class vif`."""
 
-    def __init__(self, run_dir: Path, log: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, log: Path, *options: str) -> None:
+        self.run_dir, self.options = run_dir, options
         self.log = log
         self.start()
 
     def start(self) -> None:
         with self.log.open("a") as log:
             self.popen = subprocess.Popen(
-                [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", "1"],
+                [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", "1", *self.options],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         assert self.popen.stdout is not None

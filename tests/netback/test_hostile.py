@@ -162,7 +162,7 @@ def test_keys_that_are_refused(net: Any) -> None:
 def test_what_the_toolstack_may_get_wrong(net: Any) -> None:
     first = net.guest()
     for bridge, mac, text in (
-        ("xenbr0", None, "a bridge of Linux is not served"),
+        ("pvtnone0", None, "bridge pvtnone0 is not there"),
         ("switch:a b", None, "letters, digits"),
         ("switch:", first.mac, "is that of vif-"),
     ):

@@ -1,0 +1,48 @@
+"""What a capture of a vif gets: packets that its guest has sent, as they were when they were fetched, and those that
+were put on its rx rings. One load and one branch a packet where no capture runs: PORT.capture is 0."""
+
+from __future__ import annotations
+
+from pvdrivers.capture_ring import RECORD, capture_at, put_record, take_room
+from pvdrivers.worker.marks import ring_at, worker_at
+from pvdrivers.worker.records import STATS
+from rings.atomics import i64, records
+from rings.jit import kernel
+
+from .records import delivery_at, packet_at, port_at, switch_at
+
+_STATS_SIZE = STATS.itemsize
+
+
+@kernel
+def _capture(wa: int, porta: int, ra: int, pa: int, outbound: int) -> None:
+    port, packet = port_at(porta), packet_at(pa)
+    ca = port["capture"]
+    # The counters of a vif's queues stand in a row.
+    queue = (ring_at(ra)["stats"] - ring_at(port["out"][0])["stats"]) // _STATS_SIZE
+    length = min(packet["have"], capture_at(ca)["snap"])
+    at = take_room(ca, queue, length)
+    if at == 0:
+        return
+    record = records(at, 1, RECORD)[0]
+    record["size"], record["time"] = packet["size"], worker_at(wa)["now"]
+    record["queue"], record["outbound"], record["csum"] = queue, outbound, packet["csum"]
+    record["gso_size"], record["gso_type"] = packet["gso_size"], packet["gso_type"]
+    put_record(ca, at, packet["data"], length)
+
+
+@kernel
+def capture_sent(wa: int, ra: int, pa: int) -> None:
+    """A packet of the guest behind tx ring `ra`: all of its bytes are private."""
+    if packet_at(pa)["verdict"] == 0 and packet_at(pa)["status"] == 0:
+        _capture(wa, ring_at(ra)["device"], ra, pa, i64(1))
+
+
+@kernel
+def capture_received(wa: int, swa: int, pa: int, porta: int) -> None:
+    """A packet that to_guest() was asked to deliver, if it was."""
+    n = switch_at(swa)["n_deliveries"]
+    if n > 0:
+        delivery = delivery_at(swa, n - 1)
+        if delivery["packet"] == pa and ring_at(delivery["ring"])["device"] == porta:
+            _capture(wa, porta, delivery["ring"], pa, i64(0))

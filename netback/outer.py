@@ -1,0 +1,123 @@
+"""A port that leads out of the process: a TAP or a packet socket, and its queues as rings of a switch's worker.
+
+    open      when the vif is advertised: the TAP is there before its guest is
+    attach    when the vif connects: as many queues as it has
+    detach    and the TAP has no carrier any more
+    close     the process ends: a TAP stays, for the next one
+    remove    the vif is gone, and so is what was made for it
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from pvdrivers.errors import ConfigError
+from pvdrivers.stats import StatsFile
+from pvdrivers.worker.control import RingHandle
+from rings.jit import address_of
+
+from . import port_in
+from .packet_socket import PacketSocket
+from .port import PortSpec
+from .records import ACCEPTS_ALL, KIND_NAMES, PORT_OUTER
+from .switch import Port, Switch
+from .tap import Tap
+
+_taken: dict[tuple[str, str, str], OuterPort] = {}
+_taken_lock = threading.Lock()
+
+
+class OuterPort:
+    """One such port. `owner` is the name of whoever has it: a vif, or an uplink."""
+
+    def __init__(self, spec: PortSpec, mtu: int, owner: str, stats: Path, *, needs_bridge: bool = True) -> None:
+        """Open it. PlatformError, ConfigError: what cannot be had, and why."""
+        self.spec, self.mtu, self.owner = spec, mtu, owner
+        self.port = Port(f"{owner}: {spec}", vlan=spec.vlan, trunk=spec.trunk)
+        self.switch: Switch | None = None
+        self._stats = stats
+        self._counters: StatsFile | None = None
+        self._handles: list[RingHandle] = []
+        self._key = ("packet" if spec.kind == "packet" else "tap", spec.netns, spec.name)
+        with _taken_lock:
+            other = _taken.get(self._key)
+            if other is not None and spec.kind != "packet":
+                raise ConfigError(f"TAP {spec.name} is that of {other.owner} already; name another")
+            _taken[self._key] = self
+        try:
+            self.behind: Tap | PacketSocket = (
+                PacketSocket(spec, mtu) if spec.kind == "packet" else Tap(spec, mtu, owner, needs_bridge=needs_bridge)
+            )
+        except BaseException:
+            self._free()
+            raise
+
+    def _free(self) -> None:
+        with _taken_lock:
+            if _taken.get(self._key) is self:
+                del _taken[self._key]
+
+    def attach(self, switch: Switch, queues: int, accepts: int, device: Any) -> None:
+        """Join a switch with so many queues, for receivers of `accepts`. `device` is told if what is behind goes."""
+        self.switch = switch
+        try:
+            self._attach(switch, self.behind.open_queues(queues, accepts), device)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self, switch: Switch, fds: list[int], device: Any) -> None:
+        queues = len(fds)
+        about = {
+            "device": f"{self.owner}.port",
+            "domid": -1,
+            "uri": str(self.spec),
+            "policy": "copy",
+            "kinds": KIND_NAMES,
+        }
+        self._counters = StatsFile(self._stats / f"{self.owner}.port", about, queues)
+        row = self.port.record[0]
+        row["kind"], row["domid"], row["accepts"], row["n_out"] = PORT_OUTER, -1, ACCEPTS_ALL, 0
+        switch.join(self.port)
+        for q, fd in enumerate(fds):
+            handle = switch.worker.new_ring(device, -1)
+            self._handles.append(handle)
+            ring = handle.record
+            ring["event_fd"], ring["device"], ring["stats"] = fd, self.port.address, self._counters.address(q)
+            ring["step"], ring["finish"] = address_of(port_in.step_port), address_of(port_in.finish_port)
+            ring["blocked"] = 1  # there is no ring to be looked at
+            if isinstance(self.behind, PacketSocket):
+                ring["priv"] = self.behind.messages[q].ctypes.data
+            row["out"][q] = handle.address
+        for handle in self._handles:
+            switch.worker.attach(handle)
+        row["n_out"] = queues
+
+    def detach(self) -> None:
+        """Leave the switch. Harmless a second time."""
+        if self.switch is None:
+            return
+        self.port.record[0]["n_out"] = 0
+        self.switch.leave(self.port)
+        for handle in self._handles:
+            handle.worker.detach(handle)
+        self._handles = []
+        self.switch = None
+        self.behind.close_queues()
+        if self._counters is not None:
+            self._counters.remove()
+            self._counters = None
+
+    def close(self, *, delete: bool = False) -> None:
+        """Let go; with `delete` a TAP that was made for it is no more. Harmless a second time."""
+        self.detach()
+        self.behind.close(delete=delete)
+        self._free()
+
+    def lost(self, error: int) -> str:
+        """In words: what was behind is gone, by this errno."""
+        why = os.strerror(error)
+        return f"{self.behind.what}: it is gone ({why}); what is to leave by it is lost until it is there again"
