@@ -80,6 +80,11 @@ GRANT_CTX = np.dtype(
 )
 SLOT_FREE, SLOT_MAPPED, SLOT_LOST, SLOT_TAKEN = 0, 1, 2, 3
 """Lost: it cannot be unmapped. Taken: somebody else's memory is there by now."""
+TOGETHER = 256
+"""Pages in one mapping, at the most. One that has all addresses of a huge page in it (512 pages, aligned) must never be
+unmapped in part: Linux first splits the huge page that might be there, and tells of all of its addresses
+(mm/huge_memory.c: vma_adjust_trans_huge, __split_huge_pmd), whereupon gntdev unmaps all grants there, under way or not
+(drivers/xen/gntdev.c: gntdev_invalidate). Traced in Linux 6.1: writes of other requests ended with EFAULT."""
 HANDLE_TAG = 0x5B
 _TAG_SHIFT = 48
 _OP_SIZE = GRANT_OP.itemsize
@@ -237,10 +242,26 @@ def _map_alone(ctx_at: int, op_at: int, readonly: int) -> int:
 
 
 @kernel
+def _map_together(ctx_at: int, ops: int, count: int, readonly: int) -> int:
+    """Map the `count` operations of the request, in one mapping if that can be; how many failed."""
+    ctx = _ctx(ctx_at)
+    order = records(ctx["order"], ctx["most"], _I4)
+    slot = _map_refs(ctx_at, count, readonly) if count == 1 or ctx["single"] == 0 else i64(-1)
+    failed = i64(0)
+    if slot >= 0:
+        for k in range(count):
+            _mapped(ctx, _op(ops, i64(order[k])), slot + k)
+    else:
+        for k in range(count):  # what _map_alone writes to the order is its first, which is behind us
+            if _map_alone(ctx_at, ops + i64(order[k]) * _OP_SIZE, readonly) != GNTST_okay:
+                failed += 1
+    return failed
+
+
+@kernel
 def _map_kind(ctx_at: int, ops: int, n: int, readonly: int) -> int:
     """Map those operations of n that are read only, or those that are not; how many failed."""
     ctx = _ctx(ctx_at)
-    order = records(ctx["order"], ctx["most"], _I4)
     failed = i64(0)
     count = i64(0)
     for i in range(n):
@@ -249,19 +270,10 @@ def _map_kind(ctx_at: int, ops: int, n: int, readonly: int) -> int:
             op["address"], op["handle"], op["status"] = 0, -1, GNTST_general_error
             _put_ref(ctx, count, op, i)
             count += 1
-    if count == 0:
-        return failed
-    if count == 1 or ctx["single"] == 0:
-        slot = _map_refs(ctx_at, count, readonly)
-        if slot >= 0:
-            for k in range(count):
-                _mapped(ctx, _op(ops, i64(order[k])), slot + k)
-            return failed
-    for i in range(n):
-        if i64(_op(ops, i)["flags"]) & OP_READONLY == readonly:
-            if _map_alone(ctx_at, ops + i * _OP_SIZE, readonly) != GNTST_okay:
-                failed += 1
-    return failed
+            if count == TOGETHER:
+                failed += _map_together(ctx_at, ops, count, readonly)
+                count = i64(0)
+    return failed + (_map_together(ctx_at, ops, count, readonly) if count > 0 else i64(0))
 
 
 @seam_function

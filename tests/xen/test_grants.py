@@ -1,26 +1,34 @@
-"""What the kernel does for who has mapped a page, or granted one, and is no more: a byte cleared, an event sent."""
+"""What gntdev and gntalloc do beside mapping and granting, and what a batch must not make gntdev do."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pvdrivers.platform import open_platform
+from pvdrivers.invoke import invoke
+from pvdrivers.platform import GRANT_OP, open_platform
+from pvdrivers.xen import grant_seam
+from pvdrivers.xen.grants import Context
 
 from .system import sh, until
 
 BYTE = 100
+GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 
 
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Any]:
     sh("modprobe", "xen-gntalloc")
+    GNTALLOC_LIMIT.write_text("32768")
     xen = open_platform("xen")
     yield xen
     xen.close()
@@ -79,3 +87,33 @@ def test_by_who_has_granted_it_and_dies(platform: Any) -> None:
             granter.wait(20)
             until(lambda: ctypes.string_at(mapping.address + BYTE, 1) == b"\0", 20, "its byte is cleared")
             assert ctypes.string_at(mapping.address, 4096).count(0) == 1
+
+
+def test_a_part_of_a_batch_is_unmapped_and_no_other_page(platform: Any, tmp_path: Path) -> None:
+    """A mapping must not have all addresses of a huge page in it, or Linux has gntdev unmap more than was asked for."""
+    n = 1600
+    pages = platform.pages.alloc(n)
+    ops = np.zeros(n, GRANT_OP)
+    ops["gref"] = [platform.pages.grant(frame, platform.domid) for frame in pages.frames]
+    ops["domid"] = platform.domid
+    for k in range(n):
+        ctypes.memmove(pages.address + k * 4096, struct.pack("=I", k), 4)
+    context = Context(whole=False)
+    assert invoke(grant_seam.grant_map)(context.address, ops.ctypes.data, n) == 0
+    addresses = ops["address"].copy()
+    gone: set[int] = set()
+    with open(tmp_path / "out", "w+b", buffering=0) as out:
+        for first in (0, 300, 601, 900, 1301):
+            assert invoke(grant_seam.grant_unmap)(context.address, ops[first:].ctypes.data, 128) == 0
+            gone |= set(range(first, first + 128))
+            left = [k for k in range(n) if k not in gone]
+            out.seek(0)
+            for k in left:
+                # By the kernel, to which a page that is not there is an error and no signal.
+                assert out.write((ctypes.c_char * 4).from_address(int(addresses[k]))) == 4
+            out.seek(0)
+            assert list(struct.unpack(f"={len(left)}I", out.read(4 * len(left)))) == left
+    context.close()
+    for gref in ops["gref"]:
+        assert platform.pages.end(int(gref))
+    pages.free()
