@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             except (KeyboardInterrupt, Terminated):
                 pass  # the usual ways to end it
             finally:
-                writer.packets(ring)
+                if args.packets is None or writer.count < args.packets:
+                    writer.packets(ring, args.packets)
                 writer.end(ring)
     lost = int(ring.shared["lost"].sum())
     print(f"{writer.count} packets, {lost} lost for want of room", file=sys.stderr)
