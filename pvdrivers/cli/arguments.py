@@ -8,6 +8,7 @@ from pathlib import Path
 from pvdrivers import __version__
 
 from . import arguments_of_disks as disks
+from . import arguments_of_vifs as vifs
 from .options import Verbs, domid, natural, new_verb, positive, run_dir_option, switch, unix_address
 
 
@@ -21,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, _upgrade, *disks.VERBS):
+    ours = (_sim, _serve, _guest, _demo, _bench, _stats, _warm, _check, _upgrade)
+    for declare in (*ours, *disks.VERBS, *vifs.VERBS):
         declare(verbs)
     return top
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from pvdrivers.errors import ConfigError
 from pvdrivers.frontends.netfront import Netfront
 
-__all__ = ["NetSpec", "describe_net", "new_mac", "parse_net"]
+__all__ = ["NetSpec", "describe_net", "parse_net"]
 
 _MOST_NAME = 15  # IFNAMSIZ with its zero
 
@@ -43,11 +42,6 @@ def parse_net(text: str) -> NetSpec:
         else:
             raise ConfigError(f"--net {text}: {key!r} is not one of mac, mtu, queues, tap")
     return spec
-
-
-def new_mac() -> str:
-    """One of Xen's range (00:16:3e), as libxl makes them."""
-    return (b"\0\x16\x3e" + bytes([os.urandom(1)[0] & 0x7F]) + os.urandom(2)).hex(":")
 
 
 def describe_net(vif: Netfront, spec: NetSpec) -> str:
