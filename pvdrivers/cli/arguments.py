@@ -190,7 +190,7 @@ def _demo(verbs: Verbs) -> None:
 
 def _bench(verbs: Verbs) -> None:
     verb = new_verb(verbs, "bench", "measure, side by side with a peer that does the same work")
-    verb.add_argument("what", choices=("ring", "blk", "xenstore", "fairness", "daemon", "all"))
+    verb.add_argument("what", choices=("ring", "blk", "net", "xenstore", "fairness", "daemon", "all"))
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document on standard output, with every single run")
     form.add_argument("--markdown", action="store_true", help="the table of docs/benchmarks.md")
@@ -201,7 +201,7 @@ def _bench(verbs: Verbs) -> None:
         metavar="DIR",
         help="where the file for direct I/O is made, 1 GiB, removed afterwards (default: $TMPDIR, or /var/tmp)",
     )
-    verb.add_argument("--rows", nargs="+", metavar="KEY", help="blk: only these rows, by the keys that --json shows")
+    verb.add_argument("--rows", nargs="+", metavar="KEY", help="blk, net: only these, by the keys that --json shows")
 
 
 def _stats(verbs: Verbs) -> None:
