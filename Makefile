@@ -84,7 +84,7 @@ fuzz: setup ## property tests with new random input for SECONDS (60)
 	done; echo "fuzz: nothing found in $$round round(s)"
 
 bench: setup ## measure beside the peers, then the kernels alone (ARGS=--quick)
-	@for what in ring blk xenstore fairness; do \
+	@for what in ring blk net xenstore fairness; do \
 		echo "bench: $$what"; $(BIN)/pvdrivers bench $$what $(ARGS) || exit 1; done
 	@$(PYTEST) -q -rN --benchmark-enable --benchmark-only
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rings.vdev import vdev_number
 
@@ -25,6 +25,8 @@ FRONTEND_KINDS = {"pvblk": "vbd", "qdisk": "vbd"}
 """Kind of backend -> kind of its frontend, where they differ."""
 DISK_KINDS = ("pvblk", "vbd", "qdisk")
 """Kinds of backend that serve a disk."""
+VIF_KINDS = ("vif",)
+"""... and those that serve a network interface."""
 _FIRST_RESERVED = 0x7FF0  # DOMID_FIRST_RESERVED
 _LOOK_S = 0.01
 _SECOND_TRY_S = 2.0
@@ -47,9 +49,15 @@ def device_paths(kind: str, domid: int, devid: int, backend_domid: int = 0) -> t
     )
 
 
-def find_domain(store: XenStore, text: str) -> int:
-    """The id of a domain given by id or name, as xl has it. Raises ConfigError if there is none."""
+def find_domain(store: XenStore, text: str, *, left: bool = False) -> int:
+    """The id of a domain given by id or name, as xl has it. Raises ConfigError if there is none.
+
+    With `left` an id will do of which only disks are left: libxl knows nothing of those that it has not attached, and
+    leaves them when it destroys the domain.
+    """
     if text.isascii() and text.isdigit() and int(text) < _FIRST_RESERVED:
+        if left and disks(store, int(text)):
+            return int(text)
         if store.read(f"/local/domain/{int(text)}/name") is None and store.ls(f"/local/domain/{int(text)}") is None:
             raise ConfigError(f"domain {text}: there is none; `xl list` shows them")
         return int(text)
@@ -183,53 +191,125 @@ def _and_empty_parents(store: XenStore, backend: str) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Attached:
-    """A disk as it stands in the store. What the guest wrote is shown, and never followed."""
+    """A device as it stands in the store. What the guest wrote is shown, and never followed."""
 
     backend: str
     backend_domid: int
     kind: str
     devid: int
     name: str
-    mode: str
-    target: str
-    """`params` of the backend."""
+    """What its user calls it."""
     state: XenbusState
     """The backend's."""
     front_state: str
-    event_channel: str
-    ring_ref: str
     queues: int
     made_by_xl: bool
 
 
-def disks(store: XenStore, domid: int) -> list[Attached]:
+@dataclass(frozen=True)
+class Disk(Attached):
+    """... a disk. `target` is `params` of the backend."""
+
+    mode: str
+    target: str
+    event_channel: str
+    ring_ref: str
+
+
+@dataclass(frozen=True)
+class Vif(Attached):
+    """... a network interface. `port` is `bridge` of the backend, "" if there is none."""
+
+    mac: str
+    port: str
+    event_channel: str
+    tx_ring_ref: str
+    rx_ring_ref: str
+
+
+def disks(store: XenStore, domid: int) -> list[Disk]:
     """All disks of a domain, by their backends' directories, in every domain that has some."""
+    return [_disk(store, *where) for where in _directories(store, DISK_KINDS, domid)]
+
+
+def vifs(store: XenStore, domid: int) -> list[Vif]:
+    """All vifs of a domain, as disks()."""
+    return [_vif(store, *where) for where in _directories(store, VIF_KINDS, domid)]
+
+
+def all_macs(store: XenStore, home: int) -> Iterator[tuple[str, str]]:
+    """(address, backend directory) of each vif that domain `home` serves and that is not closed."""
+    for kind in VIF_KINDS:
+        top = f"/local/domain/{home}/backend/{kind}"
+        for guest in store.ls(top) or ():
+            for devid in store.ls(f"{top}/{guest}") or ():
+                backend = f"{top}/{guest}/{devid}"
+                if backend_state(store, backend) not in (XenbusState.Unknown, XenbusState.Closed):
+                    yield printable(store.read(f"{backend}/mac")).lower(), backend
+
+
+def free_devid(store: XenStore, domid: int) -> int:
+    """The lowest number that no vif of a domain has, whoever has attached it."""
+    used = {name for top in (f"/local/domain/{domid}/device/vif", f"/libxl/{domid}/device/vif")
+            for name in store.ls(top) or ()}  # fmt: skip
+    used |= {str(vif.devid) for vif in vifs(store, domid)}
+    return next(n for n in range(len(used) + 1) if str(n) not in used)
+
+
+_Where: TypeAlias = tuple[str, int, int, int]
+
+
+def _directories(store: XenStore, kinds: Sequence[str], domid: int) -> list[_Where]:
+    """(kind, domid, devid, home) of each device of these kinds that a domain has, in the order of devid."""
     found = []
     for home in sorted(filter(str.isdigit, store.ls("/local/domain") or ()), key=int):
-        for kind in DISK_KINDS:
+        for kind in kinds:
             top = f"/local/domain/{home}/backend/{kind}/{domid}"
             for devid in filter(str.isdigit, store.ls(top) or ()):
                 if store.read(f"{top}/{devid}/state") is not None:
-                    found.append(_attached(store, kind, domid, int(devid), int(home)))
-    return sorted(found, key=lambda disk: disk.devid)
+                    found.append((kind, domid, int(devid), int(home)))
+    return sorted(found, key=lambda where: where[2])
 
 
-def _attached(store: XenStore, kind: str, domid: int, devid: int, home: int) -> Attached:
+def _common(store: XenStore, where: _Where) -> dict[str, Any]:
+    """What stands in the store of a device of any class: the fields of Attached but its name."""
+    kind, domid, devid, home = where
     backend, frontend = device_paths(kind, domid, devid, home)
+    queues = printable(store.read(f"{frontend}/multi-queue-num-queues"))
+    libxl = f"/libxl/{domid}/device/{FRONTEND_KINDS.get(kind, kind)}/{devid}/backend"
+    return {
+        "backend": backend, "backend_domid": home, "kind": kind, "devid": devid,
+        "state": backend_state(store, backend), "front_state": printable(store.read(f"{frontend}/state")),
+        "queues": int(queues) if queues.isascii() and queues.isdigit() and len(queues) < 5 else 1,
+        "made_by_xl": store.read(libxl) == backend.encode(),
+    }  # fmt: skip
 
-    def text(path: str) -> str:
-        return printable(store.read(path))
 
-    queues = text(f"{frontend}/multi-queue-num-queues")
-    first = "" if store.read(f"{frontend}/queue-0/event-channel") is None else "/queue-0"
-    refs = [text(f"{frontend}{first}/{name}") for name in ("ring-ref", "ring-ref0")]
-    return Attached(
-        backend=backend, backend_domid=home, kind=kind, devid=devid,
-        name=text(f"{backend}/dev") or str(devid), mode=text(f"{backend}/mode"), target=text(f"{backend}/params"),
-        state=backend_state(store, backend), front_state=text(f"{frontend}/state"),
-        event_channel=text(f"{frontend}{first}/event-channel"), ring_ref=next(filter(None, refs), ""),
-        queues=int(queues) if queues.isascii() and queues.isdigit() and len(queues) < 5 else 1,
-        made_by_xl=store.read(f"/libxl/{domid}/device/vbd/{devid}/backend") == backend.encode(),
+def _first_of(store: XenStore, where: _Where, *names: str) -> str:
+    """The first of these keys that the frontend has written, flat or of its queue 0; "" if none."""
+    frontend = device_paths(*where)[1]
+    paths = (f"{frontend}{queue}/{name}" for queue in ("", "/queue-0") for name in names)
+    return next(filter(None, (printable(store.read(path)) for path in paths)), "")
+
+
+def _disk(store: XenStore, *where: Any) -> Disk:
+    known = _common(store, where)
+    name, mode, target = (printable(store.read(f"{known['backend']}/{key}")) for key in ("dev", "mode", "params"))
+    return Disk(
+        **known, name=name or str(known["devid"]), mode=mode, target=target,
+        event_channel=_first_of(store, where, "event-channel"),
+        ring_ref=_first_of(store, where, "ring-ref", "ring-ref0"),
+    )  # fmt: skip
+
+
+def _vif(store: XenStore, *where: Any) -> Vif:
+    known = _common(store, where)
+    mac, port = (printable(store.read(f"{known['backend']}/{key}")) for key in ("mac", "bridge"))
+    return Vif(
+        **known, name=str(known["devid"]), mac=mac.lower(), port=port,
+        event_channel=_first_of(store, where, "event-channel", "event-channel-tx"),
+        tx_ring_ref=_first_of(store, where, "tx-ring-ref"),
+        rx_ring_ref=_first_of(store, where, "rx-ring-ref"),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a disk is measured on: an embedded Xen, a `serve` process beside it, and guests' processes."""
+"""What a disk or a vif is measured on: an embedded Xen, a `serve` process beside it, and guests' processes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from pvdrivers.sim.joined import SimPlatform
 from pvdrivers.sim.launch import EmbeddedXen
+from pvdrivers.toolstack import Value, wait_for, what_it_said
+from pvdrivers.xenbus import XenbusState
+from pvdrivers.xl_vif import new_mac
 
 from .agent import Agent, AgentError
 from .files import shared_memory
-from .machine import on_cpus
+from .machine import Missing, on_cpus
 
 __all__ = ["Bed"]
 
@@ -39,8 +42,9 @@ class Bed:
         spin_us: int = 0,
         memory_mib: int | None = None,
         environ: dict[str, str] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
-        """`cpus`: where `serve` runs. `environ`: what else it finds in its environment."""
+        """`cpus`: where `serve` runs. `environ`: what else it finds in its environment. `classes`: what it serves."""
         shm = shared_memory()
         self._directory = tempfile.TemporaryDirectory(prefix="pvdrivers-bench-", dir=shm)
         self.run_dir = Path(self._directory.name)
@@ -48,6 +52,7 @@ class Bed:
         self.serve: subprocess.Popen[bytes] | None = None
         self._command = [sys.executable, "-m", "pvdrivers", "serve", "--run-dir", str(self.run_dir)]
         self._command += ["--spin", str(spin_us)] + ([] if workers is None else ["--workers", str(workers)])
+        self._command += ["--class", *classes] if classes else []
         self._cpus, self._environ = cpus, {**os.environ, **(environ or {})}
         self._xen = EmbeddedXen(self.run_dir, memory_mib=memory_mib)
         self.dom0: SimPlatform | None = None
@@ -106,6 +111,29 @@ class Bed:
             token = domain.token.hex()
             found.append({"domid": domain.domid, "token": token, "devid": toolstack.devid_of(vdev), **options})
         return found
+
+    def vif(self, bridge: str, *, memory_mib: int = 16, **options: Any) -> dict[str, Any]:
+        """A new domain with a vif, as net_guest() wants it, once a backend has taken it. `options` are Netfront's.
+
+        Raises Missing with what the backend has to say against such a port.
+        """
+        assert self.dom0 is not None
+        store, mac = self.dom0.store, new_mac()
+        domain = toolstack.create_domain(self.dom0, memory_mib=memory_mib)
+        keys: dict[str, Value] = {"mac": mac, "handle": 0}
+        backend = toolstack.attach(store, "vif", domain.domid, 0, be={**keys, "bridge": bridge}, fe=keys)
+        if wait_for(store, backend, (XenbusState.InitWait,), _READY_SECONDS) is not XenbusState.InitWait:
+            raise Missing(what_it_said(store, backend) or f"no backend has taken a vif on {bridge}")
+        return {"domid": domain.domid, "token": domain.token.hex(), "mac": mac, **options}
+
+    def net_guest(
+        self, vifs: Sequence[dict[str, Any]], cpus: Collection[int] | None = None, working_set: int = 2 << 20
+    ) -> Agent:
+        """A process that has these vifs and generates packets (net_guest.py), connected. Raises AgentError."""
+        setup = {"run_dir": str(self.run_dir), "vifs": list(vifs), "working_set": working_set}
+        guest = Agent("pvdrivers.bench.net_guest", setup, cpus)
+        self._guests.append(guest)
+        return guest
 
     def guest(self, disks: Sequence[dict[str, Any]], cpus: Collection[int] | None = None) -> Agent:
         """A process with these disks, connected. Raises AgentError."""

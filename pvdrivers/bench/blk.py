@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .machine import Missing, load_note, two_cpus
 from .peers import fio
 from .peers.qemu import StorageDaemon
 from .peers.ring import RingAlone
+from .turns import Measure, Run, Side, best, in_turns
 
 __all__ = ["run"]
 
@@ -30,12 +30,7 @@ SECONDS, SECONDS_QUICK = 2.0, 1.0  # of each single run
 _NULL_SIZE = "64M"
 _SPIN_US, _SPIN_LOOKS = 1000, 20_000
 """How long `serve` and the guest look before they sleep, where they have a core each: longer than any answer takes."""
-_LOOK_SECONDS, _LOOKS = 1.0, 3  # to find the best place
 _UNITS = {"rate": "/s", "bytes_per_second": "B/s"}
-
-Run = dict[str, Any]
-Measure = Callable[[float], Run]
-Side = contextlib.AbstractContextManager[Measure]
 
 
 def run(
@@ -72,16 +67,16 @@ def _measure(work: Work, files: Files, pairs: int, seconds: float) -> list[dict[
     theirs: dict[str, tuple[Measure, str]] = {}
     with contextlib.ExitStack() as stack:
         try:
-            ours, where = _best(work.places, lambda place: _ours(work, place, files), stack)
+            ours, where = best(work.places, lambda place: _ours(work, place, files), stack)
         except Missing as e:
             return [_lacking(work, peer, str(e)) for peer in work.peers]
         for peer in work.peers:
             make = functools.partial(_PEERS[peer.kind], work, files=files)
             try:
-                theirs[peer.name] = _best(peer.places, make, stack)
+                theirs[peer.name] = best(peer.places, make, stack)
             except Missing as e:
                 missing[peer.name] = str(e)
-        runs = _in_turns({"": ours, **{name: measure for name, (measure, _) in theirs.items()}}, pairs, seconds)
+        runs = in_turns({"": ours, **{name: measure for name, (measure, _) in theirs.items()}}, pairs, seconds)
     note = load_note()
     return [
         _lacking(work, peer, missing[peer.name])
@@ -94,33 +89,8 @@ def _measure(work: Work, files: Files, pairs: int, seconds: float) -> list[dict[
     ]  # fmt: skip
 
 
-def _in_turns(measures: dict[str, Measure], pairs: int, seconds: float) -> dict[str, list[Run]]:
-    """Each once in every round, ours (the name "") first in one and last in the next.
-
-    Who comes second finds a disk that is awake, or a neighbour who is: each comes second half of the time.
-    """
-    found: dict[str, list[Run]] = {name: [] for name in measures}
-    for i in range(pairs):
-        names = list(measures)
-        for name in reversed(names) if i % 2 else names:
-            found[name].append(measures[name](seconds))
-    return found
-
-
 def _lacking(work: Work, peer: Peer, what: str) -> dict[str, Any]:
     return {"work": work.name, "beside": peer.name, "key_of_row": work.key, "missing": what}
-
-
-def _best(places: Sequence[Place], make: Callable[[Place], Side], stack: contextlib.ExitStack) -> tuple[Measure, str]:
-    """The side in its only place, or in the fastest of several by a few short looks; and the name of the place."""
-    if len(places) == 1:
-        return stack.enter_context(make(places[0])), places[0].name
-    rates = {}
-    for place in places:
-        with make(place) as measure:
-            rates[place] = statistics.median(measure(_LOOK_SECONDS)["rate"] for _ in range(_LOOKS))
-    best = max(places, key=lambda place: rates[place])
-    return stack.enter_context(make(best)), best.name
 
 
 # The sides: context managers that have everything ready, and yield what does one run.

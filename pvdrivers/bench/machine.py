@@ -51,7 +51,7 @@ def on_cpus(cpus: Collection[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, home)
 
 
-def cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int | str) -> float:
     """User and system time of a process and all of its threads so far, also of those inside io_uring."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICK

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import compare
 
-__all__ = ["COLUMNS", "common", "judged", "markdown", "row_of_pairs", "row_of_values", "text"]
+__all__ = ["COLUMNS", "common", "judged", "markdown", "median_of", "row_of_pairs", "row_of_values", "text"]
 
 Row = dict[str, Any]
 
@@ -64,9 +64,14 @@ def row_of_pairs(
     }
     for who, runs in (("ours", ours), ("theirs", theirs)):
         for name in ("cpu_us", "p50_us", "p99_us", "mean_us"):
-            values = [run[name] for run in runs if run.get(name) is not None]
-            row[f"{who}_{name}"] = statistics.median(values) if values else None
+            row[f"{who}_{name}"] = median_of(runs, name)
     return row
+
+
+def median_of(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Of a figure that some runs may lack."""
+    values = [run[name] for run in runs if run.get(name) is not None]
+    return statistics.median(values) if values else None
 
 
 def row_of_values(

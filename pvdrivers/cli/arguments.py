@@ -8,6 +8,7 @@ from pathlib import Path
 from pvdrivers import __version__
 
 from . import arguments_of_disks as disks
+from . import arguments_of_vifs as vifs
 from .options import Verbs, domid, natural, new_verb, positive, run_dir_option, switch, unix_address
 
 
@@ -21,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pvdrivers {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for declare in (_sim, _serve, _guest, _demo, _bench, _stats, _capture, _warm, _check, _upgrade, *disks.VERBS):
+    ours = (_sim, _serve, _guest, _demo, _bench, _stats, _capture, _warm, _check, _upgrade)
+    for declare in (*ours, *disks.VERBS, *vifs.VERBS):
         declare(verbs)
     return top
 
@@ -197,7 +199,7 @@ def _demo(verbs: Verbs) -> None:
 
 def _bench(verbs: Verbs) -> None:
     verb = new_verb(verbs, "bench", "measure, side by side with a peer that does the same work")
-    verb.add_argument("what", choices=("ring", "blk", "xenstore", "fairness", "daemon", "all"))
+    verb.add_argument("what", choices=("ring", "blk", "net", "xenstore", "fairness", "daemon", "all"))
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document on standard output, with every single run")
     form.add_argument("--markdown", action="store_true", help="the table of docs/benchmarks.md")
@@ -208,7 +210,7 @@ def _bench(verbs: Verbs) -> None:
         metavar="DIR",
         help="where the file for direct I/O is made, 1 GiB, removed afterwards (default: $TMPDIR, or /var/tmp)",
     )
-    verb.add_argument("--rows", nargs="+", metavar="KEY", help="blk: only these rows, by the keys that --json shows")
+    verb.add_argument("--rows", nargs="+", metavar="KEY", help="blk, net: only these, by the keys that --json shows")
 
 
 def _stats(verbs: Verbs) -> None:

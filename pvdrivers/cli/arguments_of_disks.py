@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import Verbs, new_verb, positive, run_dir_option
+from .options import Verbs, connect_option, detach_options, domain_argument, new_verb, run_dir_option, timeout_option
 
 _DISK = """
 DISK is what xl calls a disc specification (xl-disk-configuration(5)): target, format, vdev and access in this order, or
@@ -24,7 +24,7 @@ def _attach(verbs: Verbs) -> None:
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.epilog = _DISK + _our_options()
     run_dir_option(verb)
-    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+    domain_argument(verb)
     verb.add_argument("disk", metavar="DISK", nargs="+", help="what it is to get, see below")
     verb.add_argument(
         "--class",
@@ -33,8 +33,8 @@ def _attach(verbs: Verbs) -> None:
         default="pvblk",
         help="kind of backend; vbd only where the kernel does not serve it (default: %(default)s)",
     )
-    verb.add_argument("--connect", action="store_true", help="wait until the guest has connected, too")
-    _timeout(verb)
+    connect_option(verb)
+    timeout_option(verb)
 
 
 def _our_options() -> str:
@@ -50,26 +50,15 @@ def _our_options() -> str:
 def _detach(verbs: Verbs) -> None:
     verb = new_verb(verbs, "block-detach", "take a disk from a domain that block-attach gave it")
     run_dir_option(verb)
-    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+    domain_argument(verb)
     verb.add_argument("vdev", metavar="VDEV", help="its name, such as xvdb, or number")
-    verb.add_argument(
-        "--force",
-        action="store_true",
-        help="do not ask the guest: what it asks of the disk from then on gets no answer, and its programs may hang",
-    )
-    _timeout(verb)
+    detach_options(verb, "what it asks of the disk from then on gets no answer, and its programs may hang")
 
 
 def _list(verbs: Verbs) -> None:
     verb = new_verb(verbs, "block-list", "list the disks of a domain, whoever serves them")
     run_dir_option(verb)
-    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
-
-
-def _timeout(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--timeout", type=positive, default=10, metavar="SECONDS", help="how long to wait, as libxl does (default: 10)"
-    )
+    domain_argument(verb)
 
 
 VERBS = (_attach, _detach, _list)

@@ -12,7 +12,7 @@ from typing import Any
 from pvdrivers.bench import report
 from pvdrivers.bench.machine import describe
 
-ALL = ("ring", "blk", "xenstore", "fairness", "daemon")
+ALL = ("ring", "blk", "net", "xenstore", "fairness", "daemon")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 def _measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     measure: Callable[..., list[dict[str, Any]]] = importlib.import_module(f"pvdrivers.bench.{name}").run
     options: dict[str, Any] = {"directory": args.dir} if name in ("blk", "fairness") else {}
-    if name in ("blk", "fairness", "daemon"):
+    if name in ("blk", "net", "fairness", "daemon"):
         options["say"] = _progress
-    if name == "blk":
+    if name in ("blk", "net"):
         options["only"] = args.rows
     return measure(args.quick, **options)
 

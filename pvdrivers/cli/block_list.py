@@ -15,7 +15,7 @@ _OURS = " {:<8} {:<4} {:<12} {:<6} {}"
 def run(args: argparse.Namespace) -> int:
     """One line a disk."""
     with open_store(args.run_dir) as store:
-        domid = toolstack.find_domain(store, args.domain)
+        domid = toolstack.find_domain(store, args.domain, left=True)
         found = toolstack.disks(store, domid)
     xl = ("Vdev", "BE", "handle", "state", "evt-ch", "ring-ref", "BE-path")
     print(_XL.format(*xl) + _OURS.format("name", "mode", "backend", "queues", "target"))

@@ -22,9 +22,10 @@ from pvdrivers.nbd.server import NbdServer
 from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from pvdrivers.storage.uri import DiskSpec, parse_disk
+from pvdrivers.xl_vif import new_mac
 from rings.vdev import vdev_name, vdev_number
 
-from .guest_net import NetSpec, describe_net, new_mac, parse_net, spread
+from .guest_net import NetSpec, describe_net, parse_net, spread
 
 _CONNECT = 30.0  # seconds; a backend may have to open an image on a slow disk
 _SECOND_TRY = 1.5  # seconds that a backend which reports an error may still come round

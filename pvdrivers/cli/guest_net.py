@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.frontends.netfront import Netfront
 
-__all__ = ["NetSpec", "describe_net", "new_mac", "parse_net", "spread"]
+__all__ = ["NetSpec", "describe_net", "parse_net", "spread"]
 
 _MAPPING = 128  # what any backend with a control ring has room for
 _MOST_NAME = 15  # IFNAMSIZ with its zero
@@ -52,11 +52,6 @@ def parse_net(text: str) -> NetSpec:
         else:
             raise ConfigError(f"--net {text}: {key!r} is not one of hash, mac, mtu, queues, tap")
     return spec
-
-
-def new_mac() -> str:
-    """One of Xen's range (00:16:3e), as libxl makes them."""
-    return (b"\0\x16\x3e" + bytes([os.urandom(1)[0] & 0x7F]) + os.urandom(2)).hex(":")
 
 
 def spread(vif: Netfront) -> None:

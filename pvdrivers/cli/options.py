@@ -43,6 +43,29 @@ def run_dir_option(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def domain_argument(verb: argparse.ArgumentParser) -> None:
+    """DOMAIN, for the verbs that are about one guest."""
+    verb.add_argument("domain", metavar="DOMAIN", help="the guest's id or name")
+
+
+def connect_option(verb: argparse.ArgumentParser) -> None:
+    """--connect, of what attaches."""
+    verb.add_argument("--connect", action="store_true", help="wait until the guest has connected, too")
+
+
+def detach_options(verb: argparse.ArgumentParser, loss: str) -> None:
+    """--force, and what is lost by it; --timeout."""
+    verb.add_argument("--force", action="store_true", help=f"do not ask the guest: {loss}")
+    timeout_option(verb)
+
+
+def timeout_option(verb: argparse.ArgumentParser) -> None:
+    """--timeout, of what waits for a backend."""
+    verb.add_argument(
+        "--timeout", type=positive, default=10, metavar="SECONDS", help="how long to wait, as libxl does (default: 10)"
+    )
+
+
 def natural(text: str) -> int:
     """A whole number from 0 on."""
     return _whole_number(text, 0)

@@ -126,3 +126,16 @@ def test_detached_at_once(store: XenStoreClient) -> None:
     assert store.read(f"{backend}/online") == b"0"
     store.write(f"{backend}/state", 6)
     assert toolstack.detach(store, backend) and store.ls(backend) is None
+
+
+def test_a_disk_of_a_domain_that_is_gone(store: XenStoreClient) -> None:
+    """Nobody told its backend, which may be in a domain that cannot see that: it is for the operator to detach."""
+    backend = toolstack.attach_vbd(store, 6, "xvdb", "/disk.img", kind="pvblk")
+    store.rm("/local/domain/6")
+    with pytest.raises(ConfigError, match="there is none"):
+        toolstack.find_domain(store, "6")
+    assert toolstack.find_domain(store, "6", left=True) == 6
+    store.write(f"{backend}/state", int(S.Closed))
+    assert toolstack.detach(store, backend, timeout=1)
+    with pytest.raises(ConfigError):
+        toolstack.find_domain(store, "6", left=True)

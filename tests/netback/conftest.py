@@ -76,9 +76,12 @@ class Net:
 class Guest:
     """A domain with one vif."""
 
-    def __init__(self, net: Net, bridge: str, mac: bytes, *, be: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, net: Net, bridge: str, mac: bytes, *, be: dict[str, Any] | None = None, memory_mib: int = 16,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.net, self.mac = net, mac
-        self.domain = toolstack.create_domain(net.dom0, memory_mib=16)
+        self.domain = toolstack.create_domain(net.dom0, memory_mib=memory_mib)
         self.platform = sim.open(net.run_dir, self.domain.domid, self.domain.token)
         text = mac.hex(":")
         self.backend = toolstack.attach(

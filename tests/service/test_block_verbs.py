@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,28 +10,10 @@ from typing import Any
 
 import pytest
 
-from pvdrivers.frontends.blkfront import Blkfront
-from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from tests.restart.bed import Bed, until
 from tests.service.conftest import cli
-
-
-class Guest:
-    """A domain with a name, whose blkfronts the test starts."""
-
-    def __init__(self, bed: Bed, stack: ExitStack, name: str) -> None:
-        self.bed, self.name = bed, name
-        domain = toolstack.create_domain(bed.dom0, name=name, memory_mib=16)
-        self.domid = domain.domid
-        stack.callback(toolstack.clean, bed.dom0.store, domain.domid, domain.uuid)
-        self.platform: Any = open_platform("sim", run_dir=bed.run_dir, domid=domain.domid, token=domain.token)
-        stack.callback(self.platform.close)
-
-    def disk(self, devid: int) -> Blkfront:
-        disk = Blkfront(self.platform, devid, queues=1, ring_order=0)
-        disk.connect(timeout=20)
-        return disk
+from tests.service.verbs import Guest, fails
 
 
 @pytest.fixture
@@ -46,13 +27,6 @@ def image(shared: Bed, tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     path.write_bytes(b"\x5a" * (1 << 20))
     return path
-
-
-def fails(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 1 and done.stdout == "", done
-    assert done.stderr.startswith("pvdrivers: error: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr, done.stderr
 
 
 def test_a_disk_comes_and_goes(shared: Bed, guest: Guest, image: Path) -> None:

@@ -1,0 +1,146 @@
+"""What `pvdrivers bench net` measures: each kind of traffic, where it may run, what it is measured beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ROWS", "Figure", "NetWork", "Traffic"]
+
+SMALL_SET, LARGE_SET = 2 << 20, 64 << 20
+GSO = 65_000
+_SEGMENT = 1448
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A load of ours. `how`:
+
+    one, both   from guest A to guest B, or each to the other, by the switch; one process drives both
+    apart       from A to B, a process for each
+    null, tap   from A to nobody; to a TAP of this host that throws away what comes
+    pairs       as `one`, `pairs` times, each with a switch, a load and a core of its own
+    """
+
+    how: str = "one"
+    size: int = 64
+    queues: int = 1
+    working_set: int = SMALL_SET
+    look: str = "sample"
+    one_at_a_time: bool = False
+    pairs: int = 1
+
+    @property
+    def gso_size(self) -> int:
+        return _SEGMENT if self.size > 4096 else 0
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        if self.how == "pairs":
+            return f"{self.pairs} x switch and load of a pair on one core"
+        if self.how == "apart":
+            return "switch on a core, both guests' processes on the other"
+        return "switch on a core, one load for all guests on the other, spinning"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row: figure `key` of the runs of ours beside those of the peer of this name ("": a limit of its own)."""
+
+    what: str
+    beside: str = ""
+    key: str = "rate"
+    unit: str = "/s"
+    target: float | None = None
+    sense: str = ">="
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class NetWork:
+    """Runs of ours and of peers in turns, and the rows that are made of them.
+
+    `peers`: name -> what it is: "testpmd", "memcpy", "veth" (of the same size and working set), or traffic of ours.
+    """
+
+    key: str
+    ours: Traffic
+    rows: tuple[Figure, ...]
+    peers: dict[str, str | Traffic] = field(default_factory=dict)
+
+
+TESTPMD = "DPDK testpmd, vhost-user switch"
+MEMCPY = "memcpy of the same bytes"
+VETH = "veth, iperf3 TCP"
+_TOGETHER = "one process that drives both"
+
+
+def _bytes(what: str, beside: str = "", target: float | None = None) -> Figure:
+    return Figure(what, beside, "bytes_per_second", "B/s", target)
+
+
+def _both(key: str, size: int, target: float) -> NetWork:
+    what = f"A and B to each other by the switch, {size}-byte packets, 1 queue each"
+    return NetWork(
+        key, Traffic("both", size),
+        (Figure(what, TESTPMD, target=target),
+         Figure(f"{what}: CPU of the switch a packet", TESTPMD, "switch_ns", "ns", 1.0, "<=")),
+        {TESTPMD: "testpmd"},
+    )  # fmt: skip
+
+
+def _gso(key: str, working_set: int) -> NetWork:
+    text = f"working set {working_set >> 20} MiB"
+    return NetWork(
+        key, Traffic("one", GSO, working_set=working_set),
+        (_bytes(f"A to B by the switch, {GSO} bytes (GSO), {text}", MEMCPY, 0.7),),
+        {MEMCPY: "memcpy"},
+    )  # fmt: skip
+
+
+def _apart(size: int) -> NetWork:
+    what = f"A to B by the switch, {size} bytes, a process for each guest"
+    figure = Figure(what, _TOGETHER) if size <= 4096 else _bytes(what, _TOGETHER)
+    return NetWork(f"apart{size}", Traffic("apart", size), (figure,), {_TOGETHER: Traffic("one", size)})
+
+
+def _alone(how: str, size: int) -> NetWork:
+    what = f"guest to {how}, {size} bytes"
+    return NetWork(f"{how}{size}", Traffic(how, size), (Figure(what), _bytes(f"{what}: bytes")))
+
+
+_DELAY = "one 64-byte packet at a time, from A's stamp to B's look"
+_ONE_QUEUE = "1 queue each"
+_ONE_PAIR = "one pair on one core"
+ROWS = (
+    _both("net64", 64, 1.5),
+    _both("net1500", 1500, 1.7),
+    _gso("gso2", SMALL_SET),
+    _gso("gso64", LARGE_SET),
+    NetWork(
+        "gso-read", Traffic("one", GSO, look="all"),
+        (Figure(f"A to B, {GSO} bytes (GSO), B reads and checks every byte, working set 2 MiB", key="bytes_per_second",
+                unit="Gbit/s", target=48.0, scale=8e-9),),
+    ),
+    NetWork("veth", Traffic("one", GSO), (_bytes(f"A to B, {GSO} bytes (GSO)", VETH),), {VETH: "veth"}),
+    *(_apart(size) for size in (64, 1500, GSO)),
+    NetWork(
+        "queues2", Traffic("one", 64, queues=2), (Figure("A to B, 64 bytes, 2 queues each, one switch", _ONE_QUEUE),),
+        {_ONE_QUEUE: Traffic("one", 64)},
+    ),
+    NetWork(
+        "queues4", Traffic("one", 64, queues=4), (Figure("A to B, 64 bytes, 4 queues each, one switch", _ONE_QUEUE),),
+        {_ONE_QUEUE: Traffic("one", 64)},
+    ),
+    NetWork(
+        "pairs", Traffic("pairs", 1500, pairs=2),
+        (Figure("two pairs of queues on two cores, 1500 bytes, all of a pair on one core", _ONE_PAIR, target=1.6),),
+        {_ONE_PAIR: Traffic("pairs", 1500)},
+    ),
+    NetWork(
+        "latency", Traffic("one", 64, look="headers", one_at_a_time=True),
+        (Figure(f"{_DELAY}: median", key="p50_us", unit="us"), Figure(f"{_DELAY}: 99 %", key="p99_us", unit="us")),
+    ),
+    *(_alone("null", size) for size in (64, 1500, GSO)),
+    *(_alone("tap", size) for size in (64, 1500, GSO)),
+)  # fmt: skip

@@ -1,0 +1,111 @@
+"""`pvdrivers bench net`: its rows, its peers' words, and each kind of traffic once. No timing decides anything here."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvdrivers.bench import machine, net
+from pvdrivers.bench.net_rows import GSO, ROWS, NetWork, Traffic
+from pvdrivers.bench.peers import testpmd
+from pvdrivers.bench.peers.iperf import Veth, figures
+from pvdrivers.bench.peers.memcpy import Memcpy
+from pvdrivers.bench.peers.testpmd import received
+
+STATS = """
+testpmd> show port stats all
+  ######################## NIC statistics for port 0  ########################
+  RX-packets: 1000       RX-missed: 0          RX-bytes:  64000
+  RX-errors: 0
+  TX-packets: 900        TX-errors: 0          TX-bytes:  57600
+  Throughput (since last show)
+  Rx-pps:            5          Rx-bps:            7
+  Tx-pps:            5          Tx-bps:            7
+  ############################################################################
+  ######################## NIC statistics for port 1  ########################
+  RX-packets: 234        RX-missed: 0          RX-bytes:  64000
+  Tx-pps:            5          Tx-bps:            7
+"""
+STOPPED = """
+  ---------------------- Forward statistics for port 0  ----------------------
+  RX-packets: 77777          RX-dropped: 0             RX-total: 77777
+"""
+
+
+def test_what_testpmd_says_is_understood() -> None:
+    assert received(STOPPED + STATS) == 1234
+    with pytest.raises(ValueError, match="RX-packets"):
+        received(STOPPED)
+
+
+def test_what_iperf3_says_is_understood() -> None:
+    end = {
+        "sum_received": {"seconds": 2.0, "bytes": 130_000_000},
+        "cpu_utilization_percent": {"host_total": 60.0, "remote_total": 40.0},
+    }
+    found = figures({"end": end})
+    assert (found["bytes_per_second"], found["rate"], found["requests"]) == (65e6, 1000.0, 2000)
+    assert found["cpu_us"] == pytest.approx(1000.0)
+    with pytest.raises(RuntimeError, match="no route"):
+        figures({"error": "no route"})
+
+
+def test_a_program_that_is_not_there_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(machine.Missing, match="apt-get install dpdk-dev"):
+        testpmd.Testpmd(64, (0, 1))
+    with pytest.raises(machine.Missing, match="apt-get install"):
+        Veth((0, 1))
+
+
+def test_every_row_of_the_issue_is_there() -> None:
+    keys = [work.key for work in ROWS]
+    assert len(set(keys)) == len(keys)
+    targets = sorted(figure.target for work in ROWS for figure in work.rows if figure.target is not None)
+    assert targets == [0.7, 0.7, 1.0, 1.0, 1.5, 1.6, 1.7, 48.0]
+    for work in ROWS:
+        assert {figure.beside for figure in work.rows} - {""} == set(work.peers), work.key
+    sizes = {(work.ours.how, work.ours.size) for work in ROWS}
+    assert {(how, size) for how in ("null", "tap", "apart") for size in (64, 1500, GSO)} <= sizes
+
+
+def test_memcpy_copies_all_of_its_working_set() -> None:
+    peer = Memcpy(65000, 2 << 20)
+    memory = memoryview(peer._memory)
+    for k in range(16):
+        memory[k * 65536] = k + 100
+    found = peer.run(0.05)
+    assert found["requests"] > 16 and found["bytes_per_second"] > 0
+    assert [memory[(1 << 20) + k * 65536] for k in range(16)] == [k + 100 for k in range(16)]
+
+
+@pytest.mark.jit_only("a real daemon serves")
+@pytest.mark.parametrize(
+    "traffic",
+    [Traffic("both"), Traffic("apart", 1500), Traffic("null"), Traffic("pairs", 1500, pairs=2),
+     Traffic("one", GSO, look="all"), Traffic("one", look="headers", one_at_a_time=True)],
+    ids=lambda traffic: traffic.how,
+)  # fmt: skip
+def test_each_kind_of_traffic_gives_a_row(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = NetWork("test", traffic, ROWS[0].rows, ROWS[0].peers)
+    monkeypatch.setattr(net, "ROWS", (work, ROWS[0]))
+    monkeypatch.setattr(net, "_peer", lambda kind, traffic: contextlib.nullcontext(_peer))
+    rows = net.run(pairs=1, seconds=0.2, only=["test"])
+    assert [row["unit"] for row in rows] == ["/s", "ns"]
+    assert rows[0]["ours"] > 0 and rows[0]["ours_cpu_us"] > 0 and rows[0]["working_set"] == 2 << 20
+    assert rows[0]["raw"]["ours"][0]["sent"] >= 1
+
+
+def _peer(seconds: float) -> dict[str, Any]:
+    return {"rate": 1.0, "requests": 1, "seconds": seconds, "bytes_per_second": 1.0, "cpu_us": 1.0, "switch_ns": 1.0}
+
+
+@pytest.mark.jit_only("a real daemon serves")
+def test_a_port_that_the_backend_does_not_know_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    (work,) = (work for work in ROWS if work.key == "null64")
+    monkeypatch.setattr(net, "_BRIDGES", {**net._BRIDGES, "null": "nowhere:"})
+    rows = net._measure(work, 1, 0.1)
+    assert len(rows) == 2 and all("nowhere:" in row["missing"] for row in rows)
