@@ -33,7 +33,7 @@ setup: $(STAMP) ## make .venv from PyPI wheels, when it is missing or out of dat
 $(STAMP): pyproject.toml requirements/constraints.txt .ci/setup
 	@.ci/setup $(VENV) $@
 
-demo: setup ## run the main job: a guest's disk, end to end, every byte verified (ARGS=...)
+demo: setup ## run the main job: a guest's disk and two guests' network, every byte verified (ARGS=...)
 	@$(BIN)/pvdrivers demo $(ARGS)
 
 test: setup lint-tools test-nojit test-boundscheck ## check the code and run the tests, in under five minutes

@@ -34,15 +34,22 @@ class AgentError(Exception):
 class Agent:
     """The side of an agent that commands. A context manager that ends it."""
 
-    def __init__(self, module: str, setup: dict[str, Any], cpus: Collection[int] | None = None) -> None:
-        """Start ``python -m module`` on these cores. Returns when it is ready; raises AgentError."""
+    def __init__(
+        self, module: str, setup: dict[str, Any], cpus: Collection[int] | None = None, *, wait: bool = True
+    ) -> None:
+        """Start ``python -m module`` on these cores. Returns when it is ready; raises AgentError.
+
+        Without `wait` it returns at once, and hear() waits.
+        """
         with on_cpus(cpus):
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         self.module = module
         try:
-            self.ask(setup)
+            self.tell(setup)
+            if wait:
+                self.hear()
         except BaseException:
             self.close()
             raise

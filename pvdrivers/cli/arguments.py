@@ -179,7 +179,7 @@ def _guest(verbs: Verbs) -> None:
 
 
 def _demo(verbs: Verbs) -> None:
-    verb = new_verb(verbs, "demo", "attach a disk image to a guest, write it, read it back, verify every byte")
+    verb = new_verb(verbs, "demo", "a guest's disk, and two guests that talk by TCP; every byte is verified")
     verb.add_argument(
         "--disk",
         type=Path,

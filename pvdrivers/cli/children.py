@@ -14,7 +14,7 @@ from typing import IO, Self
 
 from pvdrivers.errors import PvError
 
-_START = 180.0  # seconds: at the first start all kernels are compiled, by two processes at once
+_START = 300.0  # seconds: at the first start all kernels are compiled, by two processes at once
 _END = 10.0
 _LINES = 20  # of what a child said, when something went wrong
 

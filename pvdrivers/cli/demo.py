@@ -1,8 +1,9 @@
-"""``pvdrivers demo``: a guest's disk, end to end, on the embedded Xen, with every byte verified.
+"""``pvdrivers demo``: a guest's disk and two guests' network, on the embedded Xen, with every byte verified.
 
 Three processes: the embedded Xen, the backend, and this one, which is toolstack and guest. A disk image is filled
 through blkfront and blkback, read and overwritten at random, and read back whole; at last the image file itself is
-compared with what the guest knows that it wrote.
+compared with what the guest knows that it wrote. Two more are guests that talk to each other by TCP, through netfront
+and netback, while the disk is read and overwritten (demo_net).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from pvdrivers.errors import ConfigError, PvError
 
 from .children import Children
+from .demo_net import Talk
 from .table import Table
 
 _SIZE = 256  # MiB
@@ -28,6 +30,7 @@ _BLOCK = 4096
 _LARGEST = 8 << 30  # bytes of a given disk that are used: the demo is to be over in a minute
 _QUEUES, _RING_ORDER, _DEPTH = 2, 2, 32
 _GUEST_MIB = 64
+_SERVE = ("--class", "vbd", "vif")
 _LOOK = 0.25  # seconds between looks at the load
 _CHUNK = 1 << 20
 
@@ -108,6 +111,7 @@ class Demo:
     def run(self) -> int:
         """Everything, with all processes ended at the end, whatever happens."""
         # numba comes with it, and whoever only mistyped a path need not wait for that.
+        from pvdrivers.frontends import netfront_tap
         from pvdrivers.frontends.blkfront import warm
 
         began = time.monotonic()
@@ -115,10 +119,12 @@ class Demo:
             self._table.say("starting the embedded Xen and the backend (kernels are compiled at the first start)")
             try:
                 children.start("sim", "--memory", str(_GUEST_MIB * 4))
-                children.launch("serve")
-                warm()  # the guest's kernels, while the backend does the same with its own
+                children.launch("serve", *_SERVE)
+                warm()  # the guests' kernels, while the backend does the same with its own
+                netfront_tap.warm()
                 children.ready("serve")
-                right = self._guest(children)
+                with Talk(self._run_dir) as talk:
+                    right = self._guest(children, talk)
             except (PvError, OSError):
                 children.show(sys.stderr)
                 raise
@@ -132,7 +138,7 @@ class Demo:
         self._table.close(f"{verdict}, in {seconds:.1f} s", right)
         return 0 if right else 1
 
-    def _guest(self, children: Children) -> bool:
+    def _guest(self, children: Children, talk: Talk) -> bool:
         from pvdrivers.frontends.load import Ledger, Plan
         from pvdrivers.storage.uri import DiskSpec
 
@@ -152,7 +158,12 @@ class Demo:
             mixed = Plan(**{**vars(base), "write_percent": 30, "seconds": self._seconds})
             check = Plan(**{**vars(base), **whole})
             right = self._load("write every block", disk, fill, ledger, children)
+            self._table.say(talk.wait())
+            talk.start(self._seconds)
             right &= self._load("read and overwrite", disk, mixed, ledger, children, kill=self._kill)
+            passed, whole_talk = talk.finish()
+            self._table.say(passed)
+            right &= whole_talk
             right &= self._load("read every block", disk, check, ledger, children)
             disk.flush()
             if disk.requeue_count:
@@ -173,9 +184,9 @@ class Demo:
                 self._table.show(what, load.snapshot(), disk)
                 if not killed and load.snapshot().seconds > self._seconds / 3:
                     killed = True
-                    self._table.say("the backend is killed, and started again: the guest is not to notice")
+                    self._table.say("the backend is killed, and started again: the guests are not to notice")
                     children.kill("serve")
-                    children.start("serve")
+                    children.start("serve", *_SERVE)
                 if children.dead():
                     raise PvError(f"{', '.join(children.dead())} ended unexpectedly")
             result = load.wait(10)

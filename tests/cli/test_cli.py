@@ -20,7 +20,7 @@ from pvdrivers.errors import PvError
 
 VERBS = (
     "sim", "serve", "guest", "demo", "bench", "stats", "warm", "check", "upgrade", "block-attach", "block-detach",
-    "block-list",
+    "block-list", "network-attach", "network-detach", "network-list",
 )  # fmt: skip
 HEAVY = ("numpy", "numba", "llvmlite", "cffi", "_cffi_backend", "ctypes", "socket", "subprocess", "asyncio")
 # Runs the command line as the script does, then writes what of HEAVY it has loaded.

@@ -40,6 +40,9 @@ def test_demo(tmp_path: Path) -> None:
     assert lines[-1].startswith("every byte was right")
     assert "16 MiB compared" in lines[-2]
     assert "2 queues, rings of 4 pages" in lines[1]
+    (guests,) = (line for line in lines if line.startswith("two guests: 00:16:3e:"))
+    (passed,) = (line for line in lines if line.startswith("the guests have sent each other "))
+    assert "by the built-in switch" in guests and passed.endswith(" MB/s: every byte compared")
     assert "\x1b" not in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert _processes(str(tmp_path)) == []
@@ -50,6 +53,7 @@ def test_demo_over_a_killed_backend(tmp_path: Path) -> None:
     done = subprocess.run([*DEMO, "--kill"], env=_environment(tmp_path), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is killed, and started again" in done.stdout
+    assert "MB/s: every byte compared" in done.stdout, "the network goes on, too"
 
 
 @pytest.mark.slow
