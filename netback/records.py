@@ -135,6 +135,8 @@ PORT = np.dtype(
     align=True,
 )
 
+HEADROOM_AT: int = PORT.fields["headroom"][1]  # type: ignore[index]
+
 TABLE_BITS = 12
 TABLE_PROBES = 8
 TABLE_ENTRY = np.dtype(
