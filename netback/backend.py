@@ -12,6 +12,7 @@ from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
 from pvdrivers.worker.records import V_CLASS
+from pvdrivers.worker.words import store_word
 from rings import netif
 
 from .attach import attach_ring, wake_guest
@@ -26,8 +27,10 @@ from .records import (
     ACCEPTS_SG,
     CAPTURE_AT,
     FAULTS,
+    HEADROOM_AT,
     KIND_NAMES,
     MAX_QUEUES,
+    MOST_HEADROOM,
     PORT_VIF,
 )
 from .switch import Port, Switch, find_switch
@@ -54,6 +57,7 @@ class Front:
     accepts: int
     queues: list[QueueKeys] = field(default_factory=list)
     control: ControlKeys | None = None
+    headroom: int = 0
 
 
 def parse_front(front: FrontKeys, most_queues: int) -> Front:
@@ -75,7 +79,7 @@ def parse_front(front: FrontKeys, most_queues: int) -> Front:
     ):
         accepts |= bit if front.flag(key) else 0
     accepts |= 0 if front.flag(netif.KEY_NO_CSUM) else ACCEPTS_CSUM4
-    out = Front(accepts)
+    out = Front(accepts, headroom=headroom_of(front))
     for q in range(n):
         keys = front.queue(q) if n > 1 else front
         tx, rx = (keys.int_key(name, None, 1, 0xFFFFFFFF) for name in (netif.KEY_TX_RING_REF, netif.KEY_RX_RING_REF))
@@ -94,6 +98,11 @@ def parse_front(front: FrontKeys, most_queues: int) -> Front:
     if len(set(grefs)) != len(grefs) or len(set().union(*ports)) != sum(map(len, ports)):
         raise front.violation("two rings name the same page, or two queues the same event channel")
     return out
+
+
+def headroom_of(front: FrontKeys) -> int:
+    """Bytes that the frontend wants free before its packets. Raises ProtocolViolation."""
+    return front.int_key(netif.KEY_REQUEST_XDP_HEADROOM, 0, 0, MOST_HEADROOM)
 
 
 class VifBackend(Device):
@@ -129,6 +138,7 @@ class VifBackend(Device):
             netif.KEY_SPLIT_EVENTS: 1,
             netif.KEY_MAX_QUEUES: self.spec.queues,
             netif.KEY_CTRL_RING: 1,
+            netif.KEY_XDP_HEADROOM: 1,
         }
 
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
@@ -163,6 +173,7 @@ class VifBackend(Device):
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
         row["handed_over"] = row["n_out"] = row["hashes"] = 0
+        row["headroom"] = said.headroom
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.worker)
             self.queues.append(state)
@@ -200,6 +211,12 @@ class VifBackend(Device):
         violations = 0 if self.counters is None else int(self.counters.queues["violations"].sum())
         self.counters = StatsFile(self.context.run_dir / "stats" / str(self.ident), about, len(said.queues))
         self.counters.queues[0]["violations"] = violations
+
+    def refresh(self) -> Publish | None:
+        """Among others when the frontend is Reconfiguring, which is about its headroom and nothing else (Linux)."""
+        headroom = headroom_of(FrontKeys.read(self.context.platform.store, self.ident))
+        store_word(self.port.address + HEADROOM_AT, headroom)
+        return None
 
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""

@@ -151,6 +151,7 @@ PORT = np.dtype(
 VLAN_SHIFT = 48
 """An address in a VLAN, as the table has it: the VLAN above the six bytes."""
 CAPTURE_AT: int = PORT.fields["capture"][1]  # type: ignore[index]
+HEADROOM_AT: int = PORT.fields["headroom"][1]  # type: ignore[index]
 
 TABLE_BITS = 12
 TABLE_PROBES = 8

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from pvdrivers.errors import ConfigError
 from pvdrivers.platform import Platform
 from pvdrivers.xenbus import XenbusState
 from rings.jit import compile_for
+from rings.netif import KEY_REQUEST_XDP_HEADROOM
 
 from . import netfront_kernels as kernels
 from . import netfront_keys as keys
@@ -44,6 +46,7 @@ __all__ = ["CSUM_BLANK", "CSUM_NONE", "CSUM_VALID", "Frame", "Netfront", "warm"]
 
 log = logging.getLogger(__name__)
 
+MOST_HEADROOM = 2048
 _BATCH = 64
 _SLICE_MS = 50  # two threads may wait on a queue, and the one that is woken take what the other waits for
 
@@ -94,6 +97,8 @@ class Netfront(Frontend):
         self._trusted = trusted
         self.control: ControlRing | None = None
         """For requests that no method here makes; None if the backend has none."""
+        self._headroom = 0
+        self._seen = threading.Event()  # the backend has seen that we are Reconfiguring
         self.staged = 0
         """Pages that the backend keeps mapped (staging grants)."""
         self._hash: Hash | None = None
@@ -215,6 +220,34 @@ class Netfront(Frontend):
         apply(self._control_ring(), None, timeout)
         self._hash = None
 
+    def set_headroom(self, nbytes: int, timeout: float = 5.0) -> None:
+        """Have the backend leave so many bytes free before the data in each page, 0 to 2048, as XDP wants them.
+
+        From the next packet on when this returns. A feature of Linux's only: OSError(EOPNOTSUPP) if the backend has it
+        not, TimeoutError if it does not answer.
+        """
+        if not 0 <= nbytes <= MOST_HEADROOM:
+            raise ConfigError(f"vif {self.name}: a headroom of {nbytes} bytes: from 0 to {MOST_HEADROOM}")
+        if not self.offer.headroom:
+            raise OSError(errno.EOPNOTSUPP, f"vif {self.name}: its backend leaves no headroom")
+        self._headroom = nbytes
+        self._seen.clear()
+        self.platform.store.write(f"{self.path}/{KEY_REQUEST_XDP_HEADROOM}", nbytes)
+        deadline = time.monotonic() + timeout
+        # Connected again is the backend, too: before that it would not see another change.
+        self._say(XenbusState.Reconfiguring)
+        while not self._seen.wait(0.05) or (theirs := self._their_state()) is not XenbusState.Connected:
+            if self._seen.is_set() and theirs is XenbusState.Reconfigured:
+                self._look.set()
+            elif not self._seen.is_set() and self.state is XenbusState.Connected:
+                self._say(XenbusState.Reconfiguring)  # we went back with the backend, which ended the change before
+            if time.monotonic() > deadline or self.failure:
+                raise TimeoutError(errno.ETIMEDOUT, f"vif {self.name}: no headroom; {self.failure or 'no answer'}")
+
+    def _refresh(self) -> None:
+        if self._their_state() is XenbusState.Reconfigured:
+            self._seen.set()
+
     def _control_ring(self) -> ControlRing:
         if self.failure or self.control is None:
             raise OSError(errno.EIO, self.failure or f"vif {self.name}: its backend has no control ring")
@@ -263,7 +296,7 @@ class Netfront(Frontend):
         del self.queues[count:]
         rings = [queue.open(self._backend_id, split=self.offer.split and self._wishes.split) for queue in self.queues]
         wishes = replace(self._wishes, gso=self._wishes.gso and self._wishes.sg)
-        wanted = keys.frontend_keys(rings, wishes, self._open_control())
+        wanted = keys.frontend_keys(rings, wishes, self._open_control(), self._headroom)
 
         def write(tx: int) -> None:
             for key in filter(keys.is_negotiated, store.ls(self.path, tx) or []):

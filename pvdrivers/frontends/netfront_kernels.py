@@ -42,6 +42,7 @@ from rings.netif import (
     RX_RESPONSE,
     TX_ENTRY_SIZE,
     TX_RESPONSE,
+    XDP,
     RXF_csum_blank,
     RXF_data_validated,
     RXF_extra_info,
@@ -256,6 +257,8 @@ def _take_extras(qa: int, fa: int, k: int, n: int) -> int:
             return i64(_violated(qa, V_EXTRA, kind))
         if kind == EXTRA_GSO:
             frame_at(fa)["gso_size"], frame_at(fa)["gso_type"] = i64(extra["size"]), i64(extra["gso_type"])
+        elif kind == EXTRA_XDP:
+            q["headroom"] = i64(records(q["message"], 1, XDP)[0]["headroom"])
         elif kind == EXTRA_HASH:
             known = known_hash(load64(q["message"]))  # the copy
             frame_at(fa)["hash_type"], frame_at(fa)["hash"] = known >> 32, known & 0xFFFFFFFF
@@ -270,7 +273,7 @@ def _take_packet(qa: int, data: int, fa: int, n: int) -> int:
     q = queue_at(qa)
     frame = frame_at(fa)
     frame["size"], frame["csum"], frame["gso_size"], frame["gso_type"] = 0, CSUM_NONE, 0, 0
-    frame["hash_type"], frame["hash"] = 0, 0
+    frame["hash_type"], frame["hash"], q["headroom"] = 0, 0, 0
     cons = records(q["rx_end"], 1, RING_END)[0]["cons"]
     k = i64(0)
     bad = False
@@ -284,15 +287,6 @@ def _take_packet(qa: int, data: int, fa: int, n: int) -> int:
         page = (cons + k) & (SLOTS - 1)  # not what the response says: its place says which page it was
         first = k == 0
         k += 1
-        if status < 0:
-            bad = True
-        elif offset + status > _PAGE:
-            return i64(_violated(qa, V_RANGE, offset + status))
-        elif frame["size"] + status > BUFFER:
-            return i64(_violated(qa, V_CHAIN, BUFFER))
-        else:
-            copy_bytes(data + frame["size"], q["pages"] + (SLOTS + page) * _PAGE + offset, status)
-            frame["size"] += status
         if first:
             if flags & RXF_csum_blank != 0:
                 frame["csum"] = CSUM_BLANK
@@ -302,6 +296,17 @@ def _take_packet(qa: int, data: int, fa: int, n: int) -> int:
                 k = i64(_take_extras(qa, fa, k, n))
                 if k < 0:
                     return i64(-1)
+        # With headroom each response counts it as bytes of its own, and has offset 0 (Linux, xenvif_rx_data_slot).
+        size = status - q["headroom"]
+        if status < 0:
+            bad = True
+        elif offset + status > _PAGE or size < 0:
+            return i64(_violated(qa, V_RANGE, offset + status))
+        elif frame["size"] + size > BUFFER:
+            return i64(_violated(qa, V_CHAIN, BUFFER))
+        else:
+            copy_bytes(data + frame["size"], q["pages"] + (SLOTS + page) * _PAGE + offset + q["headroom"], size)
+            frame["size"] += size
     if bad:
         frame["size"] = 0
         q["rx_errors"] += 1

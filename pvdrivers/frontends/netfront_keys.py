@@ -27,6 +27,7 @@ class Offer:
     csum6: bool = False
     split: bool = False
     control: bool = False
+    headroom: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def read_offer(read: Read) -> Offer:
         csum6=switch(netif.KEY_IPV6_CSUM),
         split=switch(netif.KEY_SPLIT_EVENTS),
         control=switch(netif.KEY_CTRL_RING),
+        headroom=switch(netif.KEY_XDP_HEADROOM),
     )
 
 
@@ -96,10 +98,12 @@ def read_mac(read: Read) -> bytes:
         raise ValueError(f"key mac is {text[:32]!r}, no address of six bytes") from None
 
 
-def frontend_keys(rings: Sequence[Ring], wishes: Wishes, control: tuple[int, int] | None = None) -> dict[str, str]:
+def frontend_keys(
+    rings: Sequence[Ring], wishes: Wishes, control: tuple[int, int] | None = None, headroom: int = 0
+) -> dict[str, str]:
     """What a frontend writes. With one queue the keys are flat, with more there are none at the top.
 
-    `control` is the control ring's gref and port.
+    `control` is the control ring's gref and port, `headroom` what is to be free before each packet.
     """
     keys = {
         netif.KEY_REQUEST_RX_COPY: "1",
@@ -111,6 +115,8 @@ def frontend_keys(rings: Sequence[Ring], wishes: Wishes, control: tuple[int, int
     }
     if not wishes.csum4:
         keys[netif.KEY_NO_CSUM] = "1"
+    if headroom:
+        keys[netif.KEY_REQUEST_XDP_HEADROOM] = str(headroom)
     if control is not None:
         keys[netif.KEY_CTRL_RING_REF], keys[netif.KEY_EVENT_CHANNEL_CTRL] = map(str, control)
     if len(rings) > 1:
@@ -135,4 +141,5 @@ def is_negotiated(key: str) -> bool:
         netif.KEY_RX_RING_REF,
         netif.KEY_REQUEST_RX_COPY,
         netif.KEY_CTRL_RING_REF,
+        netif.KEY_REQUEST_XDP_HEADROOM,
     )

@@ -41,6 +41,7 @@ QUEUE = np.dtype(
         ("in_flight", "i8"),  # u1[SLOTS]: tx pages that are, by their id
         ("untrusted", "i8"),  # nothing of ours may be in a page that is granted, but what is meant (XSA-403)
         ("sg", "i8"),  # the backend takes packets of several pages
+        ("headroom", "i8"),  # of the packet that is being taken: free bytes before its data in each page
         ("violation", "i8"),  # V_*
         ("violation_value", "i8"),
         ("epoll", "i8"),  # descriptor to wait on: our ports', edge-triggered, and wake_fd
