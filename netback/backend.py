@@ -213,9 +213,11 @@ class VifBackend(Device):
         self.counters.queues[0]["violations"] = violations
 
     def refresh(self) -> Publish | None:
-        """Among others when the frontend is Reconfiguring, which is about its headroom and nothing else (Linux)."""
+        """If what is on the other side is gone, make it again. And what the frontend is Reconfiguring for: its headroom,
+        and nothing else (Linux)."""
         headroom = headroom_of(FrontKeys.read(self.context.platform.store, self.ident))
         store_word(self.port.address + HEADROOM_AT, headroom)
+        self.other_side.make_again()
         return None
 
     def disconnect(self) -> None:
@@ -238,11 +240,6 @@ class VifBackend(Device):
         if self.counters is not None:
             self.counters.remove()
             self.counters = None
-
-    def refresh(self) -> Publish | None:
-        """If what is on the other side is gone, make it again."""
-        self.other_side.make_again()
-        return None
 
     def capture(self, memory: CaptureMemory | None) -> None:
         """Have its packets captured; None: no more, and when this returns nobody does."""
