@@ -213,7 +213,7 @@ class VifBackend(Device):
         self.counters.queues[0]["violations"] = violations
 
     def refresh(self) -> Publish | None:
-        """If what is on the other side is gone, make it again. And what the frontend is Reconfiguring for: its headroom,
+        """If what is on the other side is gone, make it again. And do what the frontend is Reconfiguring for: headroom,
         and nothing else (Linux)."""
         headroom = headroom_of(FrontKeys.read(self.context.platform.store, self.ident))
         store_word(self.port.address + HEADROOM_AT, headroom)
