@@ -146,7 +146,7 @@ def start(qa: int, data: int, fa: int) -> int:
         page = i64(load32(q["free"] + q["free_n"] * 4))
         store8(q["in_flight"] + page, np.uint8(1))
         n = min(size - k * _PAGE, _PAGE)
-        at = q["pages"] + page * _PAGE
+        at = q["tx_pages"] + page * _PAGE
         copy_bytes(at, data + k * _PAGE, n)
         if q["untrusted"] != 0 and n < _PAGE:
             zero_bytes(at + n, _PAGE - n)
@@ -228,7 +228,7 @@ def post_all(qa: int) -> None:
     q = queue_at(qa)
     for page in range(SLOTS):
         if q["untrusted"] != 0:
-            zero_bytes(q["pages"] + (SLOTS + page) * _PAGE, _PAGE)
+            zero_bytes(q["rx_pages"] + page * _PAGE, _PAGE)
         _post(qa, page)
     if push(q["rx_end"]):
         call(q["event_notify"], q["event_ctx"], q["rx_port"], 0, 0)
@@ -305,7 +305,7 @@ def _take_packet(qa: int, data: int, fa: int, n: int) -> int:
         elif frame["size"] + size > BUFFER:
             return i64(_violated(qa, V_CHAIN, BUFFER))
         else:
-            copy_bytes(data + frame["size"], q["pages"] + (SLOTS + page) * _PAGE + offset + q["headroom"], size)
+            copy_bytes(data + frame["size"], q["rx_pages"] + page * _PAGE + offset + q["headroom"], size)
             frame["size"] += size
     if bad:
         frame["size"] = 0

@@ -45,9 +45,9 @@ class Queue:
         self._ended = False
         self._events: EventChannel | None = None
         self._sources: list[int] = []
-        self._pages: Pages | None = None
+        self._pages: list[Pages] = []
         self._grefs: list[int] = []
-        self._stuck: list[tuple[list[int], Pages]] = []
+        self._stuck: list[tuple[list[int], list[Pages]]] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -75,22 +75,26 @@ class Queue:
         if self._events is None:
             self._events = self._platform.open_events()
         q, pages = self.record[0], self._platform.pages
-        self._pages = pages.alloc(2 + 2 * SLOTS)
-        self._grefs = []
+        self._pages, self._grefs = [], []
         try:
-            for k, frame in enumerate(self._pages.frames):
-                # The backend reads what we send, and nothing of it can it change.
+            # Apart: the backend reads what we send, and can change nothing of it; and what gntalloc gives in one go is
+            # granted in one way.
+            self._pages.append(pages.alloc(2 + SLOTS))
+            self._pages.append(pages.alloc(SLOTS))
+            shared, sent = self._pages
+            for k, frame in enumerate([*shared.frames[:2], *sent.frames, *shared.frames[2:]]):
                 self._grefs.append(pages.grant(frame, domid, readonly=2 <= k < 2 + SLOTS))
         except PlatformError:
             for gref in self._grefs:
                 pages.end(gref)
-            self._pages.free()
-            self._pages = None
+            for some in self._pages:
+                some.free()
+            self._pages, self._grefs = [], []
             raise
         for k, (name, size) in enumerate((("tx_end", TX_ENTRY_SIZE), ("rx_end", RX_ENTRY_SIZE))):
-            format_page(self._pages.address + k * PAGE_SIZE)
-            front_end(q[name], self._pages.address + k * PAGE_SIZE, SLOTS, size)
-        q["pages"] = self._pages.address + 2 * PAGE_SIZE
+            format_page(shared.address + k * PAGE_SIZE)
+            front_end(q[name], shared.address + k * PAGE_SIZE, SLOTS, size)
+        q["tx_pages"], q["rx_pages"] = sent.address, shared.address + 2 * PAGE_SIZE
         self._keep["grefs"][:] = self._grefs[2:]
         self._keep["free"][:] = np.arange(SLOTS)[::-1]
         self._keep["in_flight"][:] = 0
@@ -128,7 +132,7 @@ class Queue:
     def release(self) -> None:
         """Take back rings, ports and grants. What the backend still has mapped is never used again by anybody."""
         q, pages = self.record[0], self._platform.pages
-        if self._pages is None or self._events is None:
+        if not self._pages or self._events is None:
             return
         for source in set(self._sources):
             self._epoll.unregister(source)
@@ -136,14 +140,15 @@ class Queue:
         for port in {int(q["tx_port"]), int(q["rx_port"])}:
             self._events.unbind(port)
         self._stuck.append((self._grefs, self._pages))
-        self._pages, self._grefs = None, []
+        self._pages, self._grefs = [], []
         left = []
         for grefs, behind in self._stuck:
             held = [gref for gref in grefs if not pages.end(gref)]
             if held:
                 left.append((held, behind))
             else:
-                behind.free()
+                for some in behind:
+                    some.free()
         self._stuck = left
 
     @property

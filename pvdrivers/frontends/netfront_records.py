@@ -34,7 +34,8 @@ QUEUE = np.dtype(
         ("rx_end", "i8"),
         ("tx_port", "i8"),
         ("rx_port", "i8"),  # the same with one event channel for both
-        ("pages", "i8"),  # address of the tx ring's pages, then the rx ring's: SLOTS each
+        ("tx_pages", "i8"),  # address of SLOTS pages that packets are sent from, and
+        ("rx_pages", "i8"),  # ... of as many that they are received into
         ("grefs", "i8"),  # u4[2 * SLOTS]: what each was granted under, for as long as the rings live
         ("free", "i8"),  # i4 stack of tx pages that are on no request
         ("free_n", "i8"),

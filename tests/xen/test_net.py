@@ -36,8 +36,8 @@ class Pair:
 
 def up(guest: Guest, number: int, device: str = "eth0", mtu: int = 1500) -> None:
     guest.run(
-        f"ip link set {device} up mtu {mtu}; ip addr add 10.0.0.{number}/24 dev {device};"
-        f" ip addr add fd00::{number}/64 dev {device} nodad"
+        f"echo 0 > /proc/sys/net/ipv6/conf/{device}/accept_dad; ip link set {device} up mtu {mtu};"
+        f" ip addr add 10.0.0.{number}/24 dev {device}; ip addr add fd00::{number}/64 dev {device}"
     )
 
 
