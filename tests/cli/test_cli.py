@@ -19,8 +19,8 @@ from pvdrivers.cli.arguments import parser
 from pvdrivers.errors import PvError
 
 VERBS = (
-    "sim", "serve", "guest", "demo", "bench", "stats", "warm", "check", "upgrade", "block-attach", "block-detach",
-    "block-list", "network-attach", "network-detach", "network-list",
+    "sim", "serve", "guest", "demo", "bench", "stats", "capture", "warm", "check", "upgrade", "block-attach",
+    "block-detach", "block-list", "network-attach", "network-detach", "network-list",
 )  # fmt: skip
 HEAVY = ("numpy", "numba", "llvmlite", "cffi", "_cffi_backend", "ctypes", "socket", "subprocess", "asyncio")
 # Runs the command line as the script does, then writes what of HEAVY it has loaded.
@@ -119,7 +119,7 @@ def test_serve_options() -> None:
         ("guest", "name a disk with --disk, or a vif with --net"),
         ("guest --net switch:,tap=", "tap='' is no name of an interface"),
         ("guest --net switch:,mtu=0", "mtu='0' is no number from 1"),
-        ("guest --net switch:,speed=9", "'speed' is not one of mac, mtu, queues, tap"),
+        ("guest --net switch:,speed=9", "'speed' is not one of hash, mac, mtu, queues, tap"),
     ],
 )
 def test_a_guest_that_makes_no_sense(line: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,14 +120,14 @@ def test_tcp_goes_on_when_the_daemon_is_killed(spaces: tuple[Space, Space], daem
     a, b = spaces
     with iperf_server(b):
         client = subprocess.Popen(
-            ["ip", "netns", "exec", a.name, "iperf3", "--json", "--time", "4", "--client", b.address],
+            ["ip", "netns", "exec", a.name, "iperf3", "--json", "--time", "8", "--client", b.address],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         with pytest.raises(subprocess.TimeoutExpired):
             client.wait(1)
         daemon.kill()
         daemon.start()
-        out, _ = client.communicate(timeout=30)
+        out, _ = client.communicate(timeout=60)
     assert client.returncode == 0, out
     intervals = json.loads(out)["intervals"]
     assert intervals[-1]["sum"]["bytes"] > 1_000_000
