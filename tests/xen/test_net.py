@@ -15,6 +15,8 @@ from .guests import Guest, vif
 from .serve import Serve
 from .system import RESULTS, CommandError, dump, read, sh, until
 
+MOST_OF_2M = 1_900_000
+"""Of a transfer of 2 MiB: what is under way when the client ends may not be counted."""
 SIZES = (0, 1, 56, 1472, 1473, 4000, 8972, 9000, 20000)
 """Bytes in a ping: up to a frame of 1500, fragments, and those of 9000."""
 
@@ -93,8 +95,8 @@ def test_ping_with_every_size(pair: Pair, family: str) -> None:
 def test_tcp_both_ways(pair: Pair) -> None:
     for words in ("", "--reverse"):
         end = iperf(pair.b, pair.a, "10.0.0.2", words)
-        assert end["sum_received"]["bytes"] >= 2 << 20
-    assert iperf(pair.b, pair.a, "fd00::2")["sum_received"]["bytes"] >= 2 << 20
+        assert end["sum_received"]["bytes"] > MOST_OF_2M
+    assert iperf(pair.b, pair.a, "fd00::2")["sum_received"]["bytes"] > MOST_OF_2M
 
 
 def test_udp_both_ways(pair: Pair) -> None:
@@ -107,7 +109,7 @@ def test_checksum_offload_off_in_one_guest(pair: Pair) -> None:
     pair.a.run("ethtool -K eth0 tx off tso off gso off sg off")
     try:
         for words in ("", "--reverse"):
-            assert iperf(pair.b, pair.a, "10.0.0.2", words)["sum_received"]["bytes"] >= 2 << 20
+            assert iperf(pair.b, pair.a, "10.0.0.2", words)["sum_received"]["bytes"] > MOST_OF_2M
         ping(pair.b, "10.0.0.1", 56, 9000)
     finally:
         pair.a.run("ethtool -K eth0 tx on sg on tso on gso on")
@@ -163,7 +165,7 @@ def test_save_and_restore(pair: Pair, tmp_path: Path) -> None:
     pair.b.save(image)
     pair.b.restore(image)
     until(lambda: pair.a.ask("ping -c 1 -W 5 10.0.0.2")[0] == 0, 60, "it answers again")
-    assert iperf(pair.b, pair.a, "10.0.0.2")["sum_received"]["bytes"] >= 2 << 20
+    assert iperf(pair.b, pair.a, "10.0.0.2")["sum_received"]["bytes"] > MOST_OF_2M
 
 
 def test_a_guest_is_destroyed_under_traffic(pair: Pair, guest: Callable[..., Guest]) -> None:
@@ -185,7 +187,7 @@ def test_two_queues_and_two_kernels(daemon: Serve, guest: Callable[..., Guest]) 
         assert read(f"/local/domain/{one.domid}/device/vif/0/multi-queue-num-queues") == "2"
     ping(pair.a, "10.0.0.2", 56, 9000)
     end = iperf(pair.b, pair.a, "10.0.0.2", "-P 6", "512K")
-    assert end["sum_received"]["bytes"] >= 2 << 20
+    assert end["sum_received"]["bytes"] > MOST_OF_2M
     queues = stats(pair.b)["queues"]
     assert len(queues) == 2 and all(q["requests"]["sent"] > 10 and q["requests"]["received"] > 10 for q in queues)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pvdrivers.platform import open_platform
 
 from .system import sh, until
 
+GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 MAC, DEVID, SPACE = "00:16:3e:00:00:77", 7, "front"
 THEIRS, OURS = "10.9.0.1", "10.9.0.2"
 
@@ -27,6 +29,7 @@ THEIRS, OURS = "10.9.0.1", "10.9.0.2"
 @pytest.fixture(scope="module")
 def platform() -> Iterator[Any]:
     sh("modprobe", "xen-gntalloc")
+    GNTALLOC_LIMIT.write_text("32768")
     xen = open_platform("xen")
     yield xen
     xen.close()
@@ -76,4 +79,4 @@ def test_two_stacks_by_the_kernels_netback(vif: Netfront) -> None:
         if "-u" in words:
             assert end["sum"]["packets"] > 500 and end["sum"]["lost_percent"] < 20, end["sum"]
         else:
-            assert end["sum_received"]["bytes"] >= 1 << 20
+            assert end["sum_received"]["bytes"] > 900_000, end  # of 1 MiB: what is under way when the client ends is not in it
