@@ -79,4 +79,4 @@ def test_two_stacks_by_the_kernels_netback(vif: Netfront) -> None:
         if "-u" in words:
             assert end["sum"]["packets"] > 500 and end["sum"]["lost_percent"] < 20, end["sum"]
         else:
-            assert end["sum_received"]["bytes"] > 900_000, end  # of 1 MiB: what is under way when the client ends is not in it
+            assert end["sum_received"]["bytes"] > 900_000, end  # of 1 MiB: the rest was under way
