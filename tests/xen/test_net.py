@@ -15,8 +15,6 @@ from .guests import Guest, vif
 from .serve import Serve
 from .system import RESULTS, CommandError, dump, read, sh, until
 
-MOST_OF_2M = 1_900_000
-"""Of a transfer of 2 MiB: what is under way when the client ends may not be counted."""
 SIZES = (0, 1, 56, 1472, 1473, 4000, 8972, 9000, 20000)
 """Bytes in a ping: up to a frame of 1500, fragments, and those of 9000."""
 
@@ -44,17 +42,17 @@ def up(guest: Guest, number: int, device: str = "eth0", mtu: int = 1500) -> None
 
 
 def ping(guest: Guest, target: str, *sizes: int) -> None:
-    """Every byte that comes back is compared by ping itself."""
+    """Every byte that comes back is compared by ping itself: not busybox's, which its shell has for that name."""
     for size in sizes:
-        said = guest.run(f"ping -c 2 -i 0.2 -W 10 -s {size} {target}")
+        said = guest.run(f"/bin/ping -c 2 -i 0.2 -W 10 -s {size} {target}")
         assert " 0% packet loss" in said, said
         assert "wrong data" not in said, said
 
 
-def iperf(server: Guest, client: Guest, target: str, words: str = "", amount: str = "2M") -> dict[str, Any]:
-    """What the client says of a transfer of so many bytes, all of which arrived."""
+def iperf(server: Guest, client: Guest, target: str, words: str = "") -> dict[str, Any]:
+    """What the client says of a transfer of two seconds."""
     server.run("iperf3 -s -D -1 -I /tmp/iperf.pid --logfile /tmp/iperf.log; sleep 1")
-    said = client.run(f"iperf3 --json -n {amount} -c {target} {words}", seconds=150)
+    said = client.run(f"iperf3 --json -t 2 -c {target} {words}", seconds=150)
     end: dict[str, Any] = json.loads(said)["end"]
     return end
 
@@ -95,21 +93,21 @@ def test_ping_with_every_size(pair: Pair, family: str) -> None:
 def test_tcp_both_ways(pair: Pair) -> None:
     for words in ("", "--reverse"):
         end = iperf(pair.b, pair.a, "10.0.0.2", words)
-        assert end["sum_received"]["bytes"] > MOST_OF_2M
-    assert iperf(pair.b, pair.a, "fd00::2")["sum_received"]["bytes"] > MOST_OF_2M
+        assert end["sum_received"]["bytes"] > 200_000
+    assert iperf(pair.b, pair.a, "fd00::2")["sum_received"]["bytes"] > 200_000
 
 
 def test_udp_both_ways(pair: Pair) -> None:
     for words in ("-u -b 4M", "-u -b 4M --reverse"):
-        end = iperf(pair.b, pair.a, "10.0.0.2", words, "512K")
-        assert end["sum"]["packets"] > 300 and end["sum"]["lost_percent"] < 20, end["sum"]
+        end = iperf(pair.b, pair.a, "10.0.0.2", words)
+        assert end["sum"]["packets"] > 100 and end["sum"]["lost_percent"] < 20, end["sum"]
 
 
 def test_checksum_offload_off_in_one_guest(pair: Pair) -> None:
     pair.a.run("ethtool -K eth0 tx off tso off gso off sg off")
     try:
         for words in ("", "--reverse"):
-            assert iperf(pair.b, pair.a, "10.0.0.2", words)["sum_received"]["bytes"] > MOST_OF_2M
+            assert iperf(pair.b, pair.a, "10.0.0.2", words)["sum_received"]["bytes"] > 200_000
         ping(pair.b, "10.0.0.1", 56, 9000)
     finally:
         pair.a.run("ethtool -K eth0 tx on sg on tso on gso on")
@@ -119,7 +117,7 @@ def test_jumbo_frames(pair: Pair) -> None:
     for guest in pair.guests:
         guest.run("ip link set eth0 mtu 9000")
     try:
-        said = pair.a.run("ping -c 2 -i 0.2 -W 10 -M do -s 8972 10.0.0.2")
+        said = pair.a.run("/bin/ping -c 2 -i 0.2 -W 10 -M do -s 8972 10.0.0.2")
         assert " 0% packet loss" in said, said
     finally:
         for guest in pair.guests:
@@ -129,7 +127,7 @@ def test_jumbo_frames(pair: Pair) -> None:
 def test_multicast_and_broadcast(pair: Pair) -> None:
     pair.b.run("echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_broadcasts")
     for target in ("-b 10.0.0.255", "ff02::1%eth0"):
-        said = pair.a.run(f"ping -c 2 -i 0.2 -W 10 {target}")
+        said = pair.a.run(f"/bin/ping -c 2 -i 0.2 -W 10 {target}")
         assert "10.0.0.2" in said if "." in target else "bytes from" in said, said
 
 
@@ -150,7 +148,7 @@ def test_the_daemon_is_killed_and_started_under_traffic(pair: Pair, daemon: Serv
 
 
 def test_a_vif_comes_and_goes_under_traffic(pair: Pair) -> None:
-    job = pair.a.start("ping -i 0.2 -W 10 -c 60 10.0.0.2")
+    job = pair.a.start("/bin/ping -i 0.2 -W 10 -c 60 10.0.0.2")
     pair.b.xl("network-attach", *vif("switch:lan", 9).split(","))
     until(lambda: pair.b.ask("ip link show eth1")[0] == 0, 30, "eth1 is there")
     pair.b.run("ip link set eth1 up; ip addr add 10.0.1.2/24 dev eth1")
@@ -164,15 +162,15 @@ def test_save_and_restore(pair: Pair, tmp_path: Path) -> None:
     image = tmp_path / "saved"
     pair.b.save(image)
     pair.b.restore(image)
-    until(lambda: pair.a.ask("ping -c 1 -W 5 10.0.0.2")[0] == 0, 60, "it answers again")
-    assert iperf(pair.b, pair.a, "10.0.0.2")["sum_received"]["bytes"] > MOST_OF_2M
+    until(lambda: pair.a.ask("/bin/ping -c 1 -W 5 10.0.0.2")[0] == 0, 60, "it answers again")
+    assert iperf(pair.b, pair.a, "10.0.0.2")["sum_received"]["bytes"] > 200_000
 
 
 def test_a_guest_is_destroyed_under_traffic(pair: Pair, guest: Callable[..., Guest]) -> None:
     third = guest(config=[f"vif=['{vif('switch:lan', 3)}']"])
     up(third, 3)
-    third.start("ping -f 10.0.0.1")
-    job = pair.a.start("ping -i 0.2 -W 10 -c 40 10.0.0.2")
+    third.start("/bin/ping -f 10.0.0.1")
+    job = pair.a.start("/bin/ping -i 0.2 -W 10 -c 40 10.0.0.2")
     time.sleep(2)
     back = f"/local/domain/0/backend/vif/{third.domid}"
     third.destroy()
@@ -186,8 +184,8 @@ def test_two_queues_and_two_kernels(daemon: Serve, guest: Callable[..., Guest]) 
     for one in pair.guests:
         assert read(f"/local/domain/{one.domid}/device/vif/0/multi-queue-num-queues") == "2"
     ping(pair.a, "10.0.0.2", 56, 9000)
-    end = iperf(pair.b, pair.a, "10.0.0.2", "-P 6", "512K")
-    assert end["sum_received"]["bytes"] > MOST_OF_2M
+    end = iperf(pair.b, pair.a, "10.0.0.2", "-P 6")
+    assert end["sum_received"]["bytes"] > 200_000
     queues = stats(pair.b)["queues"]
     assert len(queues) == 2 and all(q["requests"]["sent"] > 10 and q["requests"]["received"] > 10 for q in queues)
 

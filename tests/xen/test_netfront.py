@@ -73,10 +73,10 @@ def test_two_stacks_by_the_kernels_netback(vif: Netfront) -> None:
     for words in ([], ["--reverse"], ["-u", "-b", "4M"]):
         with subprocess.Popen(["iperf3", "-s", "-1", "--logfile", "/tmp/iperf-front.log"]) as server:
             until(lambda: "5201" in sh("busybox", "netstat", "-ltn"), 20, "iperf3 listens")
-            said = sh("ip", "netns", "exec", SPACE, "iperf3", "--json", "-n", "1M", "-c", THEIRS, *words, seconds=120)
+            said = sh("ip", "netns", "exec", SPACE, "iperf3", "--json", "-t", "2", "-c", THEIRS, *words, seconds=120)
             server.wait(20)
         end = json.loads(said)["end"]
         if "-u" in words:
-            assert end["sum"]["packets"] > 500 and end["sum"]["lost_percent"] < 20, end["sum"]
+            assert end["sum"]["packets"] > 100 and end["sum"]["lost_percent"] < 20, end["sum"]
         else:
-            assert end["sum_received"]["bytes"] > 900_000, end  # of 1 MiB: the rest was under way
+            assert end["sum_received"]["bytes"] > 200_000, end
