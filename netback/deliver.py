@@ -90,7 +90,7 @@ def flush(wa: int, swa: int) -> None:
     w = worker_at(wa)
     sw = switch_at(swa)
     n = sw["n_ops"]
-    sw["n_ops"] = 0
+    sw["n_ops"], sw["cut_at"] = 0, 0
     if n == 0:
         return
     seam = seam_of(wa)
@@ -117,7 +117,7 @@ def flush(wa: int, swa: int) -> None:
 def begin(swa: int) -> None:
     """A new pass: nothing is on its way."""
     sw = switch_at(swa)
-    sw["n_ops"], sw["n_deliveries"] = 0, 0
+    sw["n_ops"], sw["n_deliveries"], sw["cut_at"] = 0, 0, 0
 
 
 @inline
@@ -220,30 +220,33 @@ def _accepted(packet: Any, accepts: int) -> bool:
 
 
 @kernel
-def to_guest(wa: int, swa: int, pa: int, porta: int) -> None:
-    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, if it can take it now."""
+def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
+    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, if it can take it now.
+
+    1 if so; 0 if it is lost, and the next one like it would be.
+    """
     port = port_at(porta)
     sw = switch_at(swa)
     packet = packet_at(pa)
     queues = port["n_out"]
     if queues == 0:
-        return
+        return i64(0)
     ra = port["out"][packet["hash"] % queues]
     ring = ring_at(ra)
     if ring["state"] != RING_ACTIVE:
-        return
+        return i64(0)
     stats = stats_at(ring["stats"])
     if not _accepted(packet, port["accepts"]):
         stats["kinds"][N_UNSUPPORTED] += 1
-        return
+        return i64(0)
     need = (packet["size"] + _PAGE - 1) // _PAGE + (1 if packet["gso_size"] != 0 else 0)
     n = available(ring["end"])
     if n == CORRUPT:
         mark_dead(ra, V_OVERFLOW)
-        return
+        return i64(0)
     if n < need:
         stats["kinds"][N_DROPPED] += 1
-        return
+        return i64(0)
     # All copies of a packet are in one batch: when one fails all of its slots are there to be changed.
     if sw["n_deliveries"] == MAX_DELIVERIES or sw["n_ops"] + MOST_COPIES > worker_at(wa)["max_ops"]:
         flush(wa, swa)
@@ -256,3 +259,4 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> None:
     stats["kinds"][N_RECEIVED] += 1
     stats["bytes_written"] += packet["size"]
     mark_due(wa, ra)
+    return i64(1)

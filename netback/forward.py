@@ -16,8 +16,9 @@ from rings.atomics import call, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 
-from .deliver import begin, flush, to_guest
+from .deliver import begin, flush
 from .frame import fill_checksum, parse
+from .receive import takes_whole, to_vif
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -75,13 +76,13 @@ def _note_wishes(pa: int, porta: int) -> None:
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
         if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
             packet["fill"] = 1
-    if port["kind"] != PORT_VIF or packet["fill"] != 0:
+    if port["kind"] != PORT_VIF or packet["fill"] != 0 or not takes_whole(packet, port["accepts"]):
         packet["want"] = packet["size"]
 
 
 @inline
 def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
-    to_guest(wa, swa, pa, porta)
+    to_vif(wa, swa, pa, porta)
 
 
 @kernel

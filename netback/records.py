@@ -155,20 +155,27 @@ SWITCH = np.dtype(
         ("page", "i8"),  # the receiver's page that is being filled: its gref,
         ("page_at", "i8"),  # ... and from where on it is empty
         ("scratch", "i8"),  # 64 bytes
+        ("parcel", "i8"),  # PACKET: the segment that is being sent, of one that is cut
+        ("cuts", "i8"),  # CUT_BYTES for segments that are on their way
+        ("cut_at", "i8"),  # ... from here on they are free
     ],
     align=True,
 )
 
+CUT_BYTES = 4 * MOST_BYTES
 MAX_DELIVERIES = 1024
 DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8")], align=True)
 """A packet on its way into slots `first` on of a receiver's ring: who is to be told if a copy fails."""
 _DELIVERY_SIZE = DELIVERY.itemsize
 
 # Index into STATS.kinds.
-(N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED) = range(8)
-KIND_NAMES = ("sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted")
+(N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED, N_CUT) = range(9)
+KIND_NAMES = (
+    "sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted", "cut",
+)  # fmt: skip
 """By the guest; to it; broken requests; no room on its ring; a page that could not be had; and of what it sent: nobody
-is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind."""
+is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind. To it, and cut into
+its segments here."""
 
 
 @inline

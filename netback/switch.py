@@ -21,6 +21,7 @@ from rings.netif import TX_ENTRY_SIZE
 
 from .records import (
     BATCH,
+    CUT_BYTES,
     DELIVERY,
     MAX_DELIVERIES,
     MAX_PORTS,
@@ -73,6 +74,8 @@ class Switch:
         packets["data"] = data + np.arange(BATCH) * MOST_BYTES
         self._keep.append(packets)
         row["packets"] = packets.ctypes.data
+        row["parcel"] = self._new(PACKET.itemsize)
+        row["cuts"] = self._new(CUT_BYTES)
 
     def _new(self, size: int) -> int:
         memory = Memory(size)

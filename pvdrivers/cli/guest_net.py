@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pvdrivers.errors import ConfigError
 from pvdrivers.frontends.netfront import Netfront
+from pvdrivers.frontends.netfront_keys import Wishes
 
 __all__ = ["NetSpec", "describe_net", "new_mac", "parse_net"]
 
@@ -15,13 +16,14 @@ _MOST_NAME = 15  # IFNAMSIZ with its zero
 
 @dataclass(frozen=True)
 class NetSpec:
-    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU."""
+    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU; `wishes`: what is taken of a backend."""
 
     bridge: str
     mac: str = ""
     tap: str = ""
     mtu: int = 1500
     queues: int | None = 1
+    wishes: Wishes = Wishes()
 
 
 def parse_net(text: str) -> NetSpec:
@@ -36,12 +38,18 @@ def parse_net(text: str) -> NetSpec:
             spec = replace(spec, mtu=int(value)) if key == "mtu" else replace(spec, queues=int(value))
         elif key == "mac":
             spec = replace(spec, mac=value)
+        elif key in ("sg", "gso", "csum"):
+            if value not in ("0", "1"):
+                raise ConfigError(f"--net {text}: {key}={value!r} is neither 0 nor 1")
+            on = value == "1"
+            what = {"csum4": on, "csum6": on} if key == "csum" else {key: on}
+            spec = replace(spec, wishes=replace(spec.wishes, **what))
         elif key == "tap":
             if not value or len(value) > _MOST_NAME or "/" in value:
                 raise ConfigError(f"--net {text}: tap={value!r} is no name of an interface (at most {_MOST_NAME})")
             spec = replace(spec, tap=value)
         else:
-            raise ConfigError(f"--net {text}: {key!r} is not one of mac, mtu, queues, tap")
+            raise ConfigError(f"--net {text}: {key!r} is not one of csum, gso, mac, mtu, queues, sg, tap")
     return spec
 
 

@@ -242,7 +242,7 @@ HIST_KINDS = 3  # read, write, other
 
 STATS = np.dtype(
     [
-        ("kinds", "u8", (8,)),  # requests by kind: read, write, flush, barrier, discard, secure discard, rejected, -
+        ("kinds", "u8", (16,)),  # requests by kind: read, write, flush, barrier, discard, secure discard, rejected, -
         ("bytes_read", "u8"),
         ("bytes_written", "u8"),
         ("errors", "u8"),
