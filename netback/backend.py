@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
@@ -14,7 +16,8 @@ from pvdrivers.worker.records import V_CLASS
 from rings import netif
 
 from .attach import attach_ring, wake_guest
-from .params import VifSpec, vif_of
+from .live import apply, carrier
+from .params import VifSpec, live_of, vif_of
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -25,6 +28,7 @@ from .records import (
     KIND_NAMES,
     MAX_QUEUES,
     PORT_VIF,
+    RX_QUEUE,
 )
 from .switch import Port, Switch, find_switch
 
@@ -44,9 +48,12 @@ class QueueKeys:
 
 @dataclass
 class Front:
-    """What the frontend says of the vif: checked. `accepts` is ACCEPTS_*."""
+    """What the frontend says of the vif: checked. `accepts` is ACCEPTS_*; it `notifies` when it posts buffers, and
+    `filters` what is sent to groups."""
 
     accepts: int
+    notifies: bool
+    filters: bool
     queues: list[QueueKeys] = field(default_factory=list)
 
 
@@ -69,7 +76,7 @@ def parse_front(front: FrontKeys, most_queues: int) -> Front:
     ):
         accepts |= bit if front.flag(key) else 0
     accepts |= 0 if front.flag(netif.KEY_NO_CSUM) else ACCEPTS_CSUM4
-    out = Front(accepts)
+    out = Front(accepts, front.flag(netif.KEY_RX_NOTIFY), front.flag(netif.KEY_REQUEST_MCAST))
     for q in range(n):
         keys = front.queue(q) if n > 1 else front
         tx, rx = (keys.int_key(name, None, 1, 0xFFFFFFFF) for name in (netif.KEY_TX_RING_REF, netif.KEY_RX_RING_REF))
@@ -90,6 +97,7 @@ class VifBackend(Device):
     """One network interface of one guest."""
 
     violations = {V_CLASS + number: text for number, text in FAULTS.items()}
+    live_keys = (netif.KEY_REQUEST_MCAST,)
 
     def __init__(self, ident: DeviceId, context: Context) -> None:
         super().__init__(ident, context)
@@ -98,10 +106,13 @@ class VifBackend(Device):
         self.switch: Switch | None = None
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []
+        self.groups_lost = False
+        """A process that ended had its list of groups: nothing is filtered until the guest connects anew."""
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
         self.spec = vif_of(self.params, OFFERED_QUEUES)
+        live_of(self.params)
         return {
             netif.KEY_SG: 1,
             netif.KEY_GSO_TCPV4: 1,
@@ -110,6 +121,8 @@ class VifBackend(Device):
             netif.KEY_RX_COPY: 1,
             netif.KEY_RX_FLIP: 0,
             netif.KEY_SPLIT_EVENTS: 1,
+            netif.KEY_MCAST: 1,
+            netif.KEY_DYNAMIC_MCAST: 1,
             netif.KEY_MAX_QUEUES: self.spec.queues,
         }
 
@@ -126,7 +139,7 @@ class VifBackend(Device):
         except BaseException:
             self._release()
             raise
-        return {}
+        return carrier(self.port)
 
     def _connect_queues(self, said: Front, recover: bool) -> None:
         platform, pool = self.context.platform, self.context.workers
@@ -139,7 +152,10 @@ class VifBackend(Device):
         self.port.mac = self.spec.mac
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
-        row["handed_over"] = row["n_out"] = 0
+        row["handed_over"] = row["n_out"] = row["stalled"] = row["n_groups"] = 0
+        self.groups_lost = recover
+        row["notifies"], row["filters"] = said.notifies, said.filters and not recover
+        apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.worker)
             self.queues.append(state)
@@ -173,6 +189,16 @@ class VifBackend(Device):
         violations = 0 if self.counters is None else int(self.counters.queues["violations"].sum())
         self.counters = StatsFile(self.context.run_dir / "stats" / str(self.ident), about, len(said.queues))
         self.counters.queues[0]["violations"] = violations
+
+    def refresh(self) -> Publish | None:
+        """The toolstack's rate, MTU, link and time-outs; the guest's wish for a filter; and whether it has stalled."""
+        apply(self.port, live_of(self.params))
+        if not self.groups_lost:
+            wish = self.front_key(netif.KEY_REQUEST_MCAST)
+            self.port.record[0]["filters"] = wish is not None and wish.strip(b" \t\n\0") not in (b"", b"0")
+        if self.switch is not None:
+            self.switch.worker.ring_doorbell()  # who waits for a slow rate waits for another now
+        return carrier(self.port)
 
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
@@ -226,6 +252,8 @@ class QueueState:
     handles: list[RingHandle] = field(default_factory=list)
     attached: list[RingHandle] = field(default_factory=list)
     keep: list[Any] = field(default_factory=list)
+    queue: np.ndarray = field(default_factory=lambda: np.zeros(1, RX_QUEUE))
+    """Its RX_QUEUE."""
 
 
 def warm() -> None:

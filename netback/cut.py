@@ -1,9 +1,9 @@
 """A packet of many segments (GSO) -> its segments, one by one. Pure: looks at private bytes only, total over them.
 
 As Linux has it (net/ipv4/tcp_offload.c, tcp_gso_segment; inet_gso_segment, ipv6_gso_segment): each segment has all
-headers; its IP length and, in IPv4, its id, which is one more each time, and the header's checksum; its sequence number;
-FIN and PSH of the last only, CWR of the first only. The checksum of TCP is made anew from the addresses: what stands
-there is of the whole packet, and some guests leave the length out of it.
+headers; its IP length and, in IPv4, its id, which is one more each time, and the header's checksum; its sequence
+number; FIN and PSH of the last only, CWR of the first only. The checksum of TCP is made anew from the addresses: what
+stands there is of the whole packet, and some guests leave the length out of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def header_size(data: int, size: int, found: int, gso_type: int) -> int:
 
 @inline
 def count_segments(size: int, header: int, gso_size: int) -> int:
-    """How many segments there are, at least one, of which all but the last have gso_size > 0 bytes behind the headers."""
+    """How many segments there are, at least one; all but the last have gso_size > 0 bytes behind their headers."""
     return max((size - header + gso_size - 1) // gso_size, i64(1))
 
 

@@ -5,7 +5,8 @@ segments, and each is answered in its own place (Linux's netfront does not look 
 our private copy, so that what the receiver gets is what the switch has looked at (XSA-155); the others are copied from
 the sender's granted page straight into the receiver's, and neither is ever mapped.
 
-Who has no room on its ring loses the packet, and nobody waits for it (XSA-392: no queue that could grow).
+Who has no room on its ring has the packet wait, as a private copy in bounded memory of that ring (see `waiting` and
+`drain`), and loses what finds no room there. The sender is answered whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from pvdrivers.platform import OP_BETWEEN, OP_TO_GUEST
 from pvdrivers.worker.batch import OP_SIZE, op_at, seam_of
-from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
+from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_ACTIVE, V_OVERFLOW
 from rings.atomics import call, copy_in, i64, load16, records, store64
 from rings.jit import inline, kernel
@@ -33,6 +34,7 @@ from rings.netif import (
 )
 from rings.ring import CORRUPT, RING_END, available, slot
 
+from .limit import charge, is_free
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -52,6 +54,7 @@ from .records import (
     port_at,
     switch_at,
 )
+from .waiting import keep, rx_queue_at
 
 _I8 = np.dtype(np.int64)
 _PAGE = 4096
@@ -102,6 +105,10 @@ def flush(wa: int, swa: int) -> None:
         if op_at(w["ops"], k)["status"] == 0:
             continue
         delivery = delivery_at(swa, owners[k])
+        if delivery["kept"] != 0:  # it waits, and its sender has not all of it
+            packet_at(delivery["kept"])["status"] = RSP_ERROR
+            packet_at(delivery["packet"])["status"] = RSP_ERROR
+            continue
         if delivery["slots"] == 0:
             continue  # told already
         stats = stats_at(ring_at(delivery["ring"])["stats"])
@@ -219,14 +226,79 @@ def _accepted(packet: Any, accepts: int) -> bool:
     return True
 
 
+@inline
+def slots_of(pa: int) -> int:
+    """Slots that a packet takes of a receiver's ring."""
+    packet = packet_at(pa)
+    return (packet["size"] + _PAGE - 1) // _PAGE + (1 if packet["gso_size"] != 0 else 0)
+
+
+@inline
+def _new_delivery(wa: int, swa: int, pa: int, ra: int) -> Any:
+    sw = switch_at(swa)
+    # All copies of a packet are in one batch: when one fails all of its slots are there to be changed.
+    if sw["n_deliveries"] == MAX_DELIVERIES or sw["n_ops"] + MOST_COPIES > worker_at(wa)["max_ops"]:
+        flush(wa, swa)
+        sw["n_deliveries"] = 0
+    delivery = delivery_at(swa, sw["n_deliveries"])
+    sw["n_deliveries"] += 1
+    delivery["ring"], delivery["packet"], delivery["kept"] = ra, pa, 0
+    return delivery
+
+
+@kernel
+def place(wa: int, swa: int, pa: int, ra: int, need: int) -> None:
+    """Put a packet on a receiver's ring, which has `need` buffers for it."""
+    ring = ring_at(ra)
+    delivery = _new_delivery(wa, swa, pa, ra)
+    delivery["slots"], delivery["first"] = need, records(ring["end"], 1, RING_END)[0]["cons"]
+    _fill_pages(wa, swa, pa, ra)
+    stats = stats_at(ring["stats"])
+    stats["kinds"][N_RECEIVED] += 1
+    stats["bytes_written"] += packet_at(pa)["size"]
+    mark_due(wa, ra)
+
+
+@kernel
+def _have_wait(wa: int, swa: int, pa: int, ra: int) -> int:
+    """Keep a packet until there are buffers for it, or credit: 0 if there is no room for it."""
+    w = worker_at(wa)
+    sw = switch_at(swa)
+    ring = ring_at(ra)
+    packet = packet_at(pa)
+    kept = i64(keep(ring["priv"], pa, w["now"] + port_at(ring["device"])["drain_ns"]))
+    if kept == 0:
+        stats_at(ring["stats"])["kinds"][N_DROPPED] += 1
+        return i64(0)
+    if rx_queue_at(ring["priv"])["count"] == 1:
+        mark_ready(wa, ra)  # to see to it that the wait ends
+    if packet["have"] == packet["size"]:
+        return i64(1)
+    delivery = _new_delivery(wa, swa, pa, ra)
+    delivery["slots"], delivery["kept"] = 0, kept
+    start = i64(0)
+    for f in range(packet["fragments"]):
+        fragment = fragment_at(pa, f)
+        length = i64(fragment["length"])
+        skip = max(packet["have"] - start, 0)
+        if skip < length:
+            op = op_at(w["ops"], sw["n_ops"])
+            op["address"], op["flags"] = packet_at(kept)["data"] + start + skip, 0
+            op["gref"], op["domid"] = fragment["gref"], packet["domid"]
+            op["offset"], op["length"] = i64(fragment["offset"]) + skip, length - skip
+            records(w["owners"], w["max_ops"], _I8)[sw["n_ops"]] = sw["n_deliveries"] - 1
+            sw["n_ops"] += 1
+        start += length
+    return i64(1)
+
+
 @kernel
 def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
-    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, if it can take it now.
+    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, now or later.
 
     1 if so; 0 if it is lost, and the next one like it would be.
     """
     port = port_at(porta)
-    sw = switch_at(swa)
     packet = packet_at(pa)
     queues = port["n_out"]
     if queues == 0:
@@ -239,24 +311,17 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
     if not _accepted(packet, port["accepts"]):
         stats["kinds"][N_UNSUPPORTED] += 1
         return i64(0)
-    need = (packet["size"] + _PAGE - 1) // _PAGE + (1 if packet["gso_size"] != 0 else 0)
+    need = i64(slots_of(pa))
     n = available(ring["end"])
     if n == CORRUPT:
         mark_dead(ra, V_OVERFLOW)
         return i64(0)
-    if n < need:
+    if port["stalled"] != 0:
         stats["kinds"][N_DROPPED] += 1
         return i64(0)
-    # All copies of a packet are in one batch: when one fails all of its slots are there to be changed.
-    if sw["n_deliveries"] == MAX_DELIVERIES or sw["n_ops"] + MOST_COPIES > worker_at(wa)["max_ops"]:
-        flush(wa, swa)
-        sw["n_deliveries"] = 0
-    delivery = delivery_at(swa, sw["n_deliveries"])
-    sw["n_deliveries"] += 1
-    delivery["ring"], delivery["packet"], delivery["slots"] = ra, pa, need
-    delivery["first"] = records(ring["end"], 1, RING_END)[0]["cons"]
-    _fill_pages(wa, swa, pa, ra)
-    stats["kinds"][N_RECEIVED] += 1
-    stats["bytes_written"] += packet["size"]
-    mark_due(wa, ra)
+    limit = port["to_guest"]
+    if n < need or rx_queue_at(ring["priv"])["count"] > 0 or not is_free(limit, worker_at(wa)["now"]):
+        return i64(_have_wait(wa, swa, pa, ra))
+    charge(limit, packet["size"])
+    place(wa, swa, pa, ra, need)
     return i64(1)

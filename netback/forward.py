@@ -18,7 +18,7 @@ from rings.netif import RSP_ERROR
 
 from .deliver import begin, flush
 from .frame import fill_checksum, parse
-from .receive import takes_whole, to_vif
+from .receive import may_leave, takes_whole, to_vif
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -52,6 +52,9 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
     packet = packet_at(pa)
     now = worker_at(wa)["now"]
     parse(pa)
+    if not may_leave(pa, porta, stats):
+        packet["to"] = TO_NOBODY
+        return
     if switch_at(swa)["wire"] != 0:
         packet["to"] = TO_ALL
         return

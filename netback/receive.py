@@ -1,7 +1,7 @@
 """A packet for the guest behind a port: whole, or cut into its segments where that one takes no such.
 
-Only what is cut is copied to private memory as a whole, and each segment then goes as a packet of its own. As many as the
-receiver has room for: the others are lost, as they are behind any switch whose next hop is full.
+Only what is cut is copied to private memory as a whole, and each segment then goes as a packet of its own. As many as
+the receiver has room for: the others are lost, as they are behind any switch whose next hop is full.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from pvdrivers.worker.marks import ring_at, stats_at
-from rings.atomics import copy_bytes, i64
+from rings.atomics import copy_bytes, i64, load8
 from rings.frame import headers
 from rings.jit import inline, kernel
 
 from .cut import count_segments, header_size, put_segment
 from .deliver import flush, to_guest
+from .multicast import wants
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -24,6 +25,9 @@ from .records import (
     CUT_BYTES,
     FRAGMENT_AT,
     N_CUT,
+    N_DOWN,
+    N_FILTERED,
+    N_TOO_LARGE,
     N_UNSUPPORTED,
     packet_at,
     port_at,
@@ -88,9 +92,44 @@ def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
 
 
 @kernel
+def fits(pa: int, porta: int) -> bool:
+    """Whether a packet is not larger than the MTU of the vif behind a port. One of segments is not asked about, and
+    tags do not count."""
+    packet = packet_at(pa)
+    most = port_at(porta)["most"]
+    if most == 0 or packet["size"] <= most or packet["gso_size"] != 0:
+        return True
+    at = packet["data"] + 12
+    for _ in range(2):
+        first, second = i64(load8(at)), i64(load8(at + 1))
+        if (first == 0x81 and second == 0) or (first == 0x88 and second == 0xA8):
+            most += 4
+            at += 4
+    return packet["size"] <= most
+
+
+@kernel
+def may_leave(pa: int, porta: int, stats: int) -> bool:
+    """Whether a packet is sent on that comes from the vif behind a port; if not, it is counted there."""
+    if port_at(porta)["down"] != 0:
+        stats_at(stats)["kinds"][N_DOWN] += 1
+        return False
+    if not fits(pa, porta):
+        stats_at(stats)["kinds"][N_TOO_LARGE] += 1
+        return False
+    return True
+
+
+@kernel
 def to_vif(wa: int, swa: int, pa: int, porta: int) -> None:
     """Have the guest behind a port get a packet, as it can take it."""
-    if takes_whole(packet_at(pa), port_at(porta)["accepts"]):
+    if port_at(porta)["down"] != 0:
+        _count(porta, N_DOWN)
+    elif not wants(porta, packet_at(pa)["dst"]):
+        _count(porta, N_FILTERED)
+    elif not fits(pa, porta):
+        _count(porta, N_TOO_LARGE)
+    elif takes_whole(packet_at(pa), port_at(porta)["accepts"]):
         to_guest(wa, swa, pa, porta)
     else:
         _cut(wa, swa, pa, porta)

@@ -23,6 +23,7 @@ from .records import (
     BATCH,
     CUT_BYTES,
     DELIVERY,
+    LIMIT,
     MAX_DELIVERIES,
     MAX_PORTS,
     MOST_BYTES,
@@ -45,6 +46,13 @@ class Port:
     label: str
     mac: int = 0
     record: np.ndarray = field(default_factory=lambda: np.zeros(1, PORT))
+    limits: np.ndarray = field(default_factory=lambda: np.zeros(2, LIMIT))
+    """From the guest, and to it: LIMITs."""
+
+    def __post_init__(self) -> None:
+        row = self.record[0]
+        row["from_guest"] = self.limits.ctypes.data
+        row["to_guest"] = self.limits.ctypes.data + LIMIT.itemsize
 
     @property
     def address(self) -> int:

@@ -331,6 +331,8 @@ class Device(ABC):
 
     violations: Mapping[int, str] = {}
     """RING.violation of the class's own, from worker.records.V_CLASS on, in words."""
+    live_keys: tuple[str, ...] = ()
+    """Keys of the guest's directory that it may change while it is connected: refresh() is called then."""
     params: BackKeys
     """The backend's own directory, read just before advertise(), connect() and refresh() are called."""
 
@@ -367,6 +369,14 @@ class Device(ABC):
         They are written together with the unchanged state, which is how Linux tells a frontend of a resize.
         """
         return None
+
+    def front_key(self, name: str) -> bytes | None:
+        """One key of the guest's directory as it is now, unchecked and cut at MAX_VALUE; None if there is none."""
+        try:
+            raw = self.context.platform.store.read(f"{self.ident.frontend_path}/{name}")
+        except PermissionError:
+            return None
+        return None if raw is None else raw[:MAX_VALUE]
 
     def hand_over(self) -> None:
         """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs.

@@ -91,6 +91,11 @@ class Life:
             return
         self.look()
 
+    def handle_live_key(self, events: int = 1) -> None:
+        """A key of the frontend's that its class wants to hear of was written: as rarely as its state may be."""
+        self._refresh = True
+        self.handle_frontend_change(events)
+
     def handle_backend_change(self, keys: Iterable[str] = ()) -> None:
         """`keys` of our own directory were written, by us or by the toolstack."""
         if self.nodes.foreign(keys):

@@ -107,8 +107,8 @@ def _guest(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="BRIDGE[,KEY=VALUE...]",
-        help="attach a vif: switch:NAME or null:, and mac=, mtu=, queues=, csum=0, gso=0, sg=0; with tap=NAME there is a TAP behind it,"
-        " in the network namespace that this runs in; may be repeated",
+        help="attach a vif: switch:NAME or null:, and mac=, mtu=, queues=, csum=0, gso=0, sg=0 for what it does not"
+        " take; with tap=NAME there is a TAP behind it, in the network namespace that this runs in; may be repeated",
     )
     verb.add_argument(
         "--disk",

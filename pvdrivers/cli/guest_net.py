@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pvdrivers.errors import ConfigError
 from pvdrivers.frontends.netfront import Netfront
@@ -16,14 +16,14 @@ _MOST_NAME = 15  # IFNAMSIZ with its zero
 
 @dataclass(frozen=True)
 class NetSpec:
-    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU; `wishes`: what is taken of a backend."""
+    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU; `wishes`: what it takes."""
 
     bridge: str
     mac: str = ""
     tap: str = ""
     mtu: int = 1500
     queues: int | None = 1
-    wishes: Wishes = Wishes()
+    wishes: Wishes = field(default_factory=Wishes)
 
 
 def parse_net(text: str) -> NetSpec:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -28,9 +28,11 @@ from pvdrivers.platform import Platform
 from pvdrivers.xenbus import XenbusState
 from rings.jit import compile_for
 
+from . import netfront_groups_kernels
 from . import netfront_kernels as kernels
 from . import netfront_keys as keys
 from .front import Frontend
+from .netfront_groups import Groups
 from .netfront_queue import Queue
 from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
 from .watches import Watches
@@ -75,9 +77,14 @@ class Netfront(Frontend):
             raise ConfigError(f"{queues} queues: there is at least one")
         super().__init__(platform, devid, str(devid), watches)
         self.mac = b""
+        self.mtu = 1500
+        self.carrier = True
+        """Whether the backend passes packets: netif.h, "Carrier State". Others hear of a change by `on_carrier`."""
+        self.on_carrier: list[Callable[[bool], None]] = []
         self.offer = keys.Offer()
+        self.groups = Groups(self)
         self.queues: list[Queue] = []
-        self._wishes = wishes or keys.Wishes()
+        self.wishes = wishes or keys.Wishes()
         self._want_queues = queues
         self._trusted = trusted
         self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
@@ -178,6 +185,7 @@ class Netfront(Frontend):
         self._release(0)
         store = self.platform.store
         self.mac = keys.read_mac(lambda key: store.read(f"{self.path}/{key}"))
+        self.mtu = keys.read_mtu(lambda key: store.read(f"{self.path}/{key}"))
         self.offer = keys.read_offer(self._read_key)
         cpus = len(os.sched_getaffinity(0))
         count = min(self.offer.queues, cpus if self._want_queues is None else self._want_queues)
@@ -186,8 +194,8 @@ class Netfront(Frontend):
         for queue in self.queues[count:]:
             queue.end()
         del self.queues[count:]
-        rings = [queue.open(self._backend_id, split=self.offer.split and self._wishes.split) for queue in self.queues]
-        wanted = keys.frontend_keys(rings, replace(self._wishes, gso=self._wishes.gso and self._wishes.sg))
+        rings = [queue.open(self._backend_id, split=self.offer.split and self.wishes.split) for queue in self.queues]
+        wanted = keys.frontend_keys(rings, replace(self.wishes, gso=self.wishes.gso and self.wishes.sg))
 
         def write(tx: int) -> None:
             for key in filter(keys.is_negotiated, store.ls(self.path, tx) or []):
@@ -205,7 +213,15 @@ class Netfront(Frontend):
         for queue in self.queues:
             queue.activate(sg=self.offer.sg, untrusted=untrusted)
         self._connected()
+        self._refresh()
+        self.groups.join_again()
         self._say(new)  # whoever waits for this expects that it receives
+
+    def _refresh(self) -> None:
+        before, self.carrier = self.carrier, keys.read_carrier(self._read_key)
+        if self.carrier != before:
+            for call in list(self.on_carrier):
+                call(self.carrier)
 
     def _suspend(self, patience: float) -> None:
         for queue in self.queues:
@@ -238,5 +254,6 @@ class Netfront(Frontend):
 
 def warm() -> None:
     """Compile all that an interface needs. Twice costs nothing."""
-    for name, arguments in kernels.ARGUMENTS.items():
-        compile_for(getattr(kernels, name), arguments)
+    for module in (kernels, netfront_groups_kernels):
+        for name, arguments in module.ARGUMENTS.items():
+            compile_for(getattr(module, name), arguments)

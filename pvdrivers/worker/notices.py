@@ -21,6 +21,8 @@ STORM = (
     f" more than {storm.MOST} a second; it is let in {10**9 // storm.HOLD_NS} times a second"
 )
 
+STALLED = "its guest has had too few buffers for a packet for too long; what is sent to it is dropped until it has"
+
 
 class Attached(Protocol):
     """A ring that a worker has: its device, and its RING."""
@@ -67,3 +69,5 @@ def _of(ring: np.void) -> Iterator[tuple[str, str]]:
         yield "grants", LIMIT.format(status=int(ring["limit"]))
     if ring["storming"]:
         yield "events", STORM
+    if ring["stalled"]:
+        yield "stalled", STALLED
