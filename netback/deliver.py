@@ -320,8 +320,9 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
         stats["kinds"][N_DROPPED] += 1
         return i64(0)
     limit = port["to_guest"]
-    if n < need or rx_queue_at(ring["priv"])["count"] > 0 or not is_free(limit, worker_at(wa)["now"]):
+    q = rx_queue_at(ring["priv"])
+    if n < need or q["count"] > 0 or not is_free(limit, worker_at(wa)["now"]):
         return i64(_have_wait(wa, swa, pa, ra))
-    charge(limit, packet["size"])
+    charge(limit, q["index"], packet["size"])
     place(wa, swa, pa, ra, need)
     return i64(1)

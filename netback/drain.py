@@ -63,7 +63,7 @@ def _deliver(wa: int, swa: int, ra: int) -> int:
                 break
             if not has_credit(la):
                 break
-            charge(la, packet_at(kept)["size"])
+            charge(la, q["index"], packet_at(kept)["size"])
             place(wa, swa, kept, ra, need)
         done += 1
         kept = following(qa, kept)

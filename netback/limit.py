@@ -4,8 +4,8 @@ A bucket of bytes: it fills at the rate, up to the burst, and a packet takes its
 anything in it. So it may be in debt, by one packet, and over time what passes is the rate exactly; in any t seconds it
 is rate * t, and the burst and one packet more at the most.
 
-Queues that wait take turns: each may send what is there when it is its turn. Who has the turn and does not take it
-loses it when twice as much is there.
+Queues that wait take turns: each may send what is there when it is its turn, and the next is whose packets have had the
+fewest bytes. Who has the turn and does not take it loses it when twice as much is there.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def has_credit(la: int) -> bool:
 
 
 @inline
-def charge(la: int, nbytes: int) -> None:
-    """A packet passes."""
+def charge(la: int, queue: int, nbytes: int) -> None:
+    """A packet of a queue passes."""
     limit = limit_at(la)
     if limit["rate"] != 0.0:
         limit["tokens"] -= nbytes
+        limit["passed"][queue] += nbytes
 
 
 @kernel
@@ -81,6 +82,9 @@ def may_begin(wa: int, la: int, queue: int, ra: int) -> bool:
         return True
     if limit["waiting"] == 0:
         limit["turn"] = queue
+    elif limit["waiting"] & mine == 0:
+        # What it had no need of before is nothing that it could ask for now.
+        limit["passed"][queue] = max(limit["passed"][queue], limit["passed"][limit["turn"]])
     limit["waiting"] |= mine
     wake_at(wa, ra, now + 1 + max(i64((turn - limit["tokens"]) / limit["rate"]), i64(0)))
     return False
@@ -88,14 +92,18 @@ def may_begin(wa: int, la: int, queue: int, ra: int) -> bool:
 
 @kernel
 def end_turn(la: int, queue: int, more: int) -> None:
-    """A queue has sent what it may, or had; `more`: it has something left. The next one that waits has the turn."""
+    """A queue has sent what it may, or had; `more`: it has something left. Who of those that wait has the turn now."""
     limit = limit_at(la)
     if limit["rate"] == 0.0 or (limit["waiting"] == 0 and limit["tokens"] > 0.0):
         return
     mine = i64(1) << queue
     limit["waiting"] = limit["waiting"] | mine if more != 0 else limit["waiting"] & ~mine
+    chosen = i64(-1)
     for k in range(1, MAX_QUEUES + 1):
-        following = (queue + k) % MAX_QUEUES
-        if limit["waiting"] >> following & 1 != 0:
-            limit["turn"] = following
-            return
+        following = i64((queue + k) % MAX_QUEUES)
+        if limit["waiting"] >> following & 1 == 0:
+            continue
+        if chosen < 0 or limit["passed"][following] < limit["passed"][chosen]:
+            chosen = following
+    if chosen >= 0:
+        limit["turn"] = chosen

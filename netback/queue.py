@@ -147,7 +147,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
         if packet["verdict"] == P_CONTROL:
             packet["status"] = amend(porta, packet["mcast"], packet["mcast_addr"])
         elif packet["verdict"] == P_SEND:
-            charge(port["from_guest"], packet["size"])
+            charge(port["from_guest"], q["index"], packet["size"])
         packet["at"] = at
         _prepare(pa, ring["domid"])
         at += took

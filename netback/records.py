@@ -121,6 +121,7 @@ LIMIT = np.dtype(
         ("at", "i8"),  # ns: when that was so
         ("waiting", "i8"),  # queues that wait for their turn: a bit each
         ("turn", "i8"),  # whose it is
+        ("passed", "f8", (MAX_QUEUES,)),  # bytes of each, counted as if who comes anew had had as many as the others
     ],
     align=True,
 )

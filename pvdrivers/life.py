@@ -30,7 +30,7 @@ S = XenbusState
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
-_OF_RINGS = ("grants", "events")  # troubles of rings that are no more
+_OF_RINGS = ("grants", "events", "stalled")  # troubles of rings that are no more
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 

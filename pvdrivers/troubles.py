@@ -23,6 +23,7 @@ _GUEST_TO_MOVE = {
 _OVER = {
     "grants": "its guest's pages are mapped again",
     "events": "its guest sends no events without end any more",
+    "stalled": "its guest has buffers again",
 }
 
 

@@ -26,7 +26,7 @@ def _visit(wa: int, la: int, queue: int, ra: int, size: int, count: int) -> int:
         return 0
     sent = 0
     while sent < min(count, 32) and has_credit(la):
-        charge(la, size)
+        charge(la, queue, size)
         sent += 1
     end_turn(la, queue, 1 if count > sent else 0)
     return sent
@@ -35,19 +35,22 @@ def _visit(wa: int, la: int, queue: int, ra: int, size: int, count: int) -> int:
 @pytest.mark.parametrize("rate", [2e3, 1e6, 125e6, 5e9])
 @pytest.mark.parametrize("sizes", [(1500,), (64, 1500, 9000, 65535), (1000, 1000, 1000, 1000)])
 def test_over_time_it_is_the_rate_and_each_queue_has_its_share(rate: float, sizes: tuple[int, ...]) -> None:
-    """Ten thousand turns of a worker that sleeps as it is told to, and sometimes longer."""
+    """A worker that goes round until nothing may pass, sleeps as it is told to, and sometimes longer."""
     worker, limit, rings = np.zeros(1, WORKER), np.zeros(1, LIMIT), np.zeros(len(sizes), RING)
     w, wa, la = worker[0], worker.ctypes.data, limit.ctypes.data
     w["rings"], w["top_ring"], w["max_rings"] = rings.ctypes.data, len(sizes), len(sizes)
-    burst = max(131072.0, rate)
+    burst = max(131072.0, rate / 50)
     limit[0]["rate"], limit[0]["burst"] = rate / 1e9, burst
     begin = w["now"] = 10**9
     sent = np.zeros(len(sizes))
     rng = np.random.default_rng(1)
-    for turn in range(4000):
-        for queue, size in enumerate(sizes):
-            ra = rings.ctypes.data + queue * RING.itemsize
-            sent[queue] += int(_visit(wa, la, queue, ra, size, 1000)) * size
+    for turn in range(2000):
+        before = -1.0
+        while before != sent.sum():
+            before = sent.sum()
+            for queue, size in enumerate(sizes):
+                ra = rings.ctypes.data + queue * RING.itemsize
+                sent[queue] += int(_visit(wa, la, queue, ra, size, 1000)) * size
         w["now"] = max(int(w["now"]) + 1000, int(w["wake_at"]))
         if turn % 100 == 0:
             w["now"] += rng.integers(0, 3_000_000)
@@ -58,7 +61,7 @@ def test_over_time_it_is_the_rate_and_each_queue_has_its_share(rate: float, size
     assert sent.sum() >= passed * rate * 0.98
     if sent.sum() > 3 * burst:
         shares = sent / sent.sum()
-        assert shares.min() > 0.4 / len(sizes), shares
+        assert shares.min() > 0.8 / len(sizes), shares
 
 
 def test_no_rate_is_no_limit() -> None:
@@ -94,7 +97,7 @@ def test_the_rate_of_a_vif_with_four_queues(net: Any, direction: str) -> None:
     """Linux gives each queue the whole rate, and limits one direction. And it changes while packets go."""
     rate = 4_000_000
     limited = {"queues": 4, "be": {"rate": f"{rate},1000000"}}
-    a, b = net.guest(queues=4, **(limited if "from" in direction else {})), net.guest(queues=4)
+    a, b = net.guest(**(limited if "from" in direction else {"queues": 4})), net.guest(queues=4)
     if "to" in direction:
         b = net.guest(**limited)
     guest, what = (a, "bytes_read") if "from" in direction else (b, "bytes_written")
