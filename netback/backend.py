@@ -16,7 +16,7 @@ from pvdrivers.worker.records import V_CLASS
 from rings import netif
 
 from .attach import attach_ring, wake_guest
-from .live import apply, carrier
+from .live import apply, carrier, wants_filter
 from .params import VifSpec, live_of, vif_of
 from .records import (
     ACCEPTS_CSUM4,
@@ -194,8 +194,7 @@ class VifBackend(Device):
         """The toolstack's rate, MTU, link and time-outs; the guest's wish for a filter; and whether it has stalled."""
         apply(self.port, live_of(self.params))
         if not self.groups_lost:
-            wish = self.front_key(netif.KEY_REQUEST_MCAST)
-            self.port.record[0]["filters"] = wish is not None and wish.strip(b" \t\n\0") not in (b"", b"0")
+            self.port.record[0]["filters"] = wants_filter(self.context.platform.store, self.ident)
         if self.switch is not None:
             self.switch.worker.ring_doorbell()  # who waits for a slow rate waits for another now
         return carrier(self.port)

@@ -5,6 +5,8 @@ Numbers of 8 bytes, each by itself: a packet or two may go by an old rate with a
 
 from __future__ import annotations
 
+from pvdrivers.device import DeviceId
+from pvdrivers.platform import XenStore
 from rings import netif
 
 from .params import DRAIN_BLIND_MS, DRAIN_MS, STALL_MS, LiveSpec
@@ -26,6 +28,15 @@ def apply(port: Port, spec: LiveSpec) -> None:
     # Who never says that there are buffers cannot be told from one who has none to give.
     stall = (STALL_MS if spec.stall_ms is None else spec.stall_ms) if told else 0
     row["drain_ns"], row["stall_ns"] = drain * 1_000_000, stall * 1_000_000
+
+
+def wants_filter(store: XenStore, ident: DeviceId) -> bool:
+    """What `request-multicast-control` says now: what is no 0 counts as 1, as of a live guest nothing is refused."""
+    try:
+        wish = store.read(f"{ident.frontend_path}/{netif.KEY_REQUEST_MCAST}")
+    except PermissionError:
+        return False
+    return wish is not None and wish.strip(b" \t\n\0") not in (b"", b"0")
 
 
 def carrier(port: Port) -> dict[str, str | int | bytes]:

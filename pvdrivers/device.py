@@ -229,11 +229,8 @@ def _walk(store: XenStore, device: DeviceId, tx: int, top: str) -> list[str]:
         for name in store.ls(f"{device.frontend_path}/{directory}".rstrip("/"), tx) or ():
             path = f"{directory}/{name}".lstrip("/")
             if len(name) > MAX_NAME or len(found) >= MAX_NODES:
-                raise ProtocolViolation(
-                    device.domid,
-                    str(device),
-                    f"frontend directory has more than {MAX_NODES} nodes, or a name longer than {MAX_NAME}",
-                )
+                text = f"frontend directory has more than {MAX_NODES} nodes, or a name longer than {MAX_NAME}"
+                raise ProtocolViolation(device.domid, str(device), text)
             found.append(path)
             # Only these have children in any protocol; asking every node would double the round trips.
             if path.count("/") < _MAX_DEPTH - 1 and re.match(r"queue-|vscsi-devs|port", path):
@@ -331,8 +328,8 @@ class Device(ABC):
 
     violations: Mapping[int, str] = {}
     """RING.violation of the class's own, from worker.records.V_CLASS on, in words."""
-    live_keys: tuple[str, ...] = ()
-    """Keys of the guest's directory that it may change while it is connected: refresh() is called then."""
+    live_keys: Sequence[str] = ()
+    """Of the guest's directory: refresh() is called when it changes one while it is connected."""
     params: BackKeys
     """The backend's own directory, read just before advertise(), connect() and refresh() are called."""
 
@@ -369,14 +366,6 @@ class Device(ABC):
         They are written together with the unchanged state, which is how Linux tells a frontend of a resize.
         """
         return None
-
-    def front_key(self, name: str) -> bytes | None:
-        """One key of the guest's directory as it is now, unchecked and cut at MAX_VALUE; None if there is none."""
-        try:
-            raw = self.context.platform.store.read(f"{self.ident.frontend_path}/{name}")
-        except PermissionError:
-            return None
-        return None if raw is None else raw[:MAX_VALUE]
 
     def hand_over(self) -> None:
         """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs.

@@ -49,12 +49,15 @@ class Traffic:
 
     def _receive(self, k: int) -> None:
         while not self._over.is_set():
-            try:
-                frames = self.ends[k].vif.receive_all(64, 0.2)
-            except (TimeoutError, OSError):
-                time.sleep(0.01)
-                continue
+            frames = []
+            for queue in range(max(1, len(self.ends[k].vif.queues))):
+                try:
+                    frames += self.ends[k].vif.receive_all(64, 0.02, queue=queue)
+                except (TimeoutError, OSError):
+                    time.sleep(0.001)
             for frame in frames:
+                if frame.data[:12] != self.ends[k].mac + self.ends[1 - k].mac:
+                    continue  # somebody else's: an address that nobody is known to have is flooded
                 number = int.from_bytes(frame.data[14:18], "big")
                 if frame.data != self._frame(1 - k, number):
                     self.wrong.append(f"packet {number} to {k} is not what was sent")
