@@ -8,8 +8,8 @@ PYTEST := $(BIN)/python -m pytest
 # Property tests see the same input at each run; 'make fuzz' is for new input.
 SAME := --hypothesis-profile=ci
 # What also runs with the JIT off and with bounds checks: everything that decides over bytes from a stranger.
-PURE_TESTS = tests/rings $(wildcard tests/*/test_request*.py) tests/netback/test_frame.py tests/netback/test_table.py \
-	tests/netback/test_vlan.py tests/netback/test_capture_ring.py
+PURE_TESTS = tests/rings $(wildcard tests/*/test_request*.py) \
+	$(addprefix tests/netback/test_,frame.py table.py vlan.py capture_ring.py cut.py waiting.py)
 SECONDS ?= 60
 ARGS ?=
 BED ?=

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pvdrivers.errors import ProtocolViolation
-from pvdrivers.worker.control import RingHandle
+from pvdrivers.worker.control import Memory, RingHandle
 from rings import ring as ringlib
 from rings.jit import address_of, compile_for
 from rings.netif import RX_ENTRY_SIZE, TX_ENTRY_SIZE
 
 from . import queue
 from .kernels import wake
+from .records import RX_QUEUE
+from .waiting import WAIT_BYTES
 
 if TYPE_CHECKING:
     from .backend import QueueState, VifBackend
@@ -29,6 +31,8 @@ def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> R
     """
     assert device.counters is not None
     port = state.tx_port if tx else state.rx_port
+    if not tx:
+        queue_record(state, q)
     # With one event channel for both it is the tx ring's: that one has something to do when it comes.
     handle = state.worker.new_ring(device, port if tx or port != state.tx_port else -1)
     state.handles.append(handle)
@@ -45,10 +49,21 @@ def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> R
     row["finish"] = address_of(queue.finish)
     row["end"], row["device"] = end.ctypes.data, device.port.address
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, device.ident.domid
-    row["blocked"] = 0 if tx else 1
+    row["blocked"], row["priv"] = 0 if tx else 1, state.queue.ctypes.data
+    if not tx:
+        row["offered"] = 1
+        state.queue[0]["rx"] = handle.address
     row["stats"] = device.counters.address(q)
     device.counters.queues[q]["nr_ents"] = RING_SLOTS
     return handle
+
+
+def queue_record(state: QueueState, q: int) -> None:
+    """Fill in the RX_QUEUE of queue q, with memory for what waits, which is resident only as far as it was needed."""
+    waiting = Memory(WAIT_BYTES)
+    state.queue = np.zeros(1, RX_QUEUE)
+    state.queue[0]["index"], state.queue[0]["base"] = q, waiting.address
+    state.keep += [state.queue, waiting]
 
 
 def wake_guest(state: QueueState) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from pvdrivers.capture_memory import CaptureMemory, point_to
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
@@ -17,8 +19,9 @@ from rings import netif
 
 from .attach import attach_ring, wake_guest
 from .control_attach import ControlKeys, attach_control, forget, parse_control
+from .live import apply, carrier, wants_filter
 from .other_side import OtherSide
-from .params import VifSpec, vif_of
+from .params import VifSpec, live_of, vif_of
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -32,6 +35,7 @@ from .records import (
     MAX_QUEUES,
     MOST_HEADROOM,
     PORT_VIF,
+    RX_QUEUE,
 )
 from .switch import Port, Switch, find_switch
 from .uplinks import uplinks_of
@@ -52,9 +56,12 @@ class QueueKeys:
 
 @dataclass
 class Front:
-    """What the frontend says of the vif: checked. `accepts` is ACCEPTS_*."""
+    """What the frontend says of the vif: checked. `accepts` is ACCEPTS_*; it `notifies` when it posts buffers, and
+    `filters` what is sent to groups."""
 
     accepts: int
+    notifies: bool
+    filters: bool
     queues: list[QueueKeys] = field(default_factory=list)
     control: ControlKeys | None = None
     headroom: int = 0
@@ -79,7 +86,8 @@ def parse_front(front: FrontKeys, most_queues: int) -> Front:
     ):
         accepts |= bit if front.flag(key) else 0
     accepts |= 0 if front.flag(netif.KEY_NO_CSUM) else ACCEPTS_CSUM4
-    out = Front(accepts, headroom=headroom_of(front))
+    notifies, filters = front.flag(netif.KEY_RX_NOTIFY), front.flag(netif.KEY_REQUEST_MCAST)
+    out = Front(accepts, notifies, filters, headroom=headroom_of(front))
     for q in range(n):
         keys = front.queue(q) if n > 1 else front
         tx, rx = (keys.int_key(name, None, 1, 0xFFFFFFFF) for name in (netif.KEY_TX_RING_REF, netif.KEY_RX_RING_REF))
@@ -109,6 +117,7 @@ class VifBackend(Device):
     """One network interface of one guest."""
 
     violations = {V_CLASS + number: text for number, text in FAULTS.items()}
+    live_keys = (netif.KEY_REQUEST_MCAST,)
 
     def __init__(self, ident: DeviceId, context: Context) -> None:
         super().__init__(ident, context)
@@ -118,6 +127,8 @@ class VifBackend(Device):
         self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []  # the last may be the control ring's
+        self.groups_lost = False
+        """A process that ended had its list of groups: nothing is filtered until the guest connects anew."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -127,6 +138,7 @@ class VifBackend(Device):
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
         self.spec = vif_of(self.params, OFFERED_QUEUES)
+        live_of(self.params)
         self.other_side.open(self.spec.port, self.params)
         return {
             netif.KEY_SG: 1,
@@ -136,6 +148,8 @@ class VifBackend(Device):
             netif.KEY_RX_COPY: 1,
             netif.KEY_RX_FLIP: 0,
             netif.KEY_SPLIT_EVENTS: 1,
+            netif.KEY_MCAST: 1,
+            netif.KEY_DYNAMIC_MCAST: 1,
             netif.KEY_MAX_QUEUES: self.spec.queues,
             netif.KEY_CTRL_RING: 1,
             netif.KEY_XDP_HEADROOM: 1,
@@ -154,7 +168,7 @@ class VifBackend(Device):
         except BaseException:
             self._release()
             raise
-        return {}
+        return carrier(self.port)
 
     def _connect_queues(self, said: Front, recover: bool) -> None:
         platform, pool = self.context.platform, self.context.workers
@@ -172,8 +186,11 @@ class VifBackend(Device):
             said.accepts &= ACCEPTS_SG
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
-        row["handed_over"] = row["n_out"] = row["hashes"] = 0
+        row["handed_over"] = row["n_out"] = row["stalled"] = row["n_groups"] = row["hashes"] = 0
         row["headroom"] = said.headroom
+        self.groups_lost = recover
+        row["notifies"], row["filters"] = said.notifies, said.filters and not recover
+        apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.worker)
             self.queues.append(state)
@@ -213,12 +230,18 @@ class VifBackend(Device):
         self.counters.queues[0]["violations"] = violations
 
     def refresh(self) -> Publish | None:
-        """If what is on the other side is gone, make it again. And do what the frontend is Reconfiguring for: headroom,
-        and nothing else (Linux)."""
-        headroom = headroom_of(FrontKeys.read(self.context.platform.store, self.ident))
-        store_word(self.port.address + HEADROOM_AT, headroom)
+        """What has changed: the toolstack's rate, MTU, link and time-outs; the guest's headroom (Reconfiguring, and
+        nothing else that it might be for, as in Linux) and its wish for a filter; whether it has stalled. If what is on
+        the other side is gone, it is made again."""
+        store = self.context.platform.store
+        store_word(self.port.address + HEADROOM_AT, headroom_of(FrontKeys.read(store, self.ident)))
+        apply(self.port, live_of(self.params))
+        if not self.groups_lost:
+            self.port.record[0]["filters"] = wants_filter(store, self.ident)
+        if self.switch is not None:
+            self.switch.worker.ring_doorbell()  # who waits for a slow rate waits for another now
         self.other_side.make_again()
-        return None
+        return carrier(self.port)
 
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
@@ -285,6 +308,8 @@ class QueueState:
     handles: list[RingHandle] = field(default_factory=list)
     attached: list[RingHandle] = field(default_factory=list)
     keep: list[Any] = field(default_factory=list)
+    queue: np.ndarray = field(default_factory=lambda: np.zeros(1, RX_QUEUE))
+    """Its RX_QUEUE."""
 
 
 def warm() -> None:

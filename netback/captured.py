@@ -9,7 +9,7 @@ from pvdrivers.worker.records import STATS
 from rings.atomics import i64, records
 from rings.jit import kernel
 
-from .records import delivery_at, packet_at, port_at, switch_at
+from .records import packet_at, port_at
 
 _STATS_SIZE = STATS.itemsize
 
@@ -39,10 +39,6 @@ def capture_sent(wa: int, ra: int, pa: int) -> None:
 
 
 @kernel
-def capture_received(wa: int, swa: int, pa: int, porta: int) -> None:
-    """A packet that to_guest() was asked to deliver, if it was."""
-    n = switch_at(swa)["n_deliveries"]
-    if n > 0:
-        delivery = delivery_at(swa, n - 1)
-        if delivery["packet"] == pa and ring_at(delivery["ring"])["device"] == porta:
-            _capture(wa, porta, delivery["ring"], pa, i64(0))
+def capture_received(wa: int, ra: int, pa: int) -> None:
+    """A packet that was put on rx ring `ra`, now or after it had waited: its private bytes."""
+    _capture(wa, ring_at(ra)["device"], ra, pa, i64(0))

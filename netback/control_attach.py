@@ -102,9 +102,8 @@ def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state:
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, domid
     row["stats"] = device.counters.address(0)
     device.port.record[0]["hashes"] = control.file.address
-    for other in device.queues[:-1]:
-        for q_ring in other.handles:
-            q_ring.record["priv"] = control.staging.at(device.queues.index(other))
+    for q, other in enumerate(device.queues[:-1]):
+        other.queue[0]["stage"] = control.staging.at(q)
 
 
 def forget(device: VifBackend) -> None:

@@ -5,7 +5,8 @@ said of it, and each is answered in its own place (Linux's netfront does not loo
 our private copy, so that what the receiver gets is what the switch has looked at (XSA-155); the others are copied from
 the sender's granted page straight into the receiver's, and neither is ever mapped.
 
-Who has no room on its ring loses the packet, and nobody waits for it (XSA-392: no queue that could grow).
+Who has no room on its ring has the packet wait, as a private copy in bounded memory of that ring (see `waiting` and
+`drain`), and loses what finds no room there. The sender is answered whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from pvdrivers.platform import OP_BETWEEN, OP_TO_GUEST
 from pvdrivers.worker.batch import OP_SIZE, op_at, seam_of
-from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
+from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_ACTIVE, V_OVERFLOW
 from rings.atomics import call, copy_bytes, copy_in, i64, load16, records
 from rings.jit import inline, kernel
@@ -32,8 +33,11 @@ from rings.netif import (
 )
 from rings.ring import CORRUPT, RING_END, available, slot
 
+from .captured import capture_received
 from .extras import count_extras, put_extras
+from .gather import gather
 from .hashing import choose_queue
+from .limit import charge, is_free
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -55,6 +59,7 @@ from .records import (
     switch_at,
 )
 from .staging import page_of
+from .waiting import keep, rx_queue_at
 
 _I8 = np.dtype(np.int64)
 _PAGE = 4096
@@ -93,7 +98,7 @@ def flush(wa: int, swa: int) -> None:
     w = worker_at(wa)
     sw = switch_at(swa)
     n = sw["n_ops"]
-    sw["n_ops"] = 0
+    sw["n_ops"], sw["cut_at"] = 0, 0
     if n == 0:
         return
     seam = seam_of(wa)
@@ -105,6 +110,10 @@ def flush(wa: int, swa: int) -> None:
         if op_at(w["ops"], k)["status"] == 0:
             continue
         delivery = delivery_at(swa, owners[k])
+        if delivery["kept"] != 0:  # it waits, and its sender has not all of it
+            packet_at(delivery["kept"])["status"] = RSP_ERROR
+            packet_at(delivery["packet"])["status"] = RSP_ERROR
+            continue
         if delivery["slots"] == 0:
             continue  # told already
         stats = stats_at(ring_at(delivery["ring"])["stats"])
@@ -120,7 +129,7 @@ def flush(wa: int, swa: int) -> None:
 def begin(swa: int) -> None:
     """A new pass: nothing is on its way."""
     sw = switch_at(swa)
-    sw["n_ops"], sw["n_deliveries"] = 0, 0
+    sw["n_ops"], sw["n_deliveries"], sw["cut_at"] = 0, 0, 0
 
 
 @inline
@@ -137,7 +146,7 @@ def _open_page(swa: int, ra: int, headroom: int, nbytes: int, flags: int) -> Non
     copy_in(sw["scratch"], at, RX_ENTRY_SIZE)
     request = records(sw["scratch"], 1, RX_REQUEST)[0]
     sw["page"], sw["page_at"] = i64(request["gref"]), headroom
-    sw["page_in"] = page_of(ring_at(ra)["priv"], sw["page"], 1)
+    sw["page_in"] = page_of(rx_queue_at(ring_at(ra)["priv"])["stage"], sw["page"], 1)
     put_rx_response(at, i64(request["id"]), 0, flags, headroom + nbytes)
     e["cons"] = (e["cons"] + 1) & 0xFFFFFFFF
     e["prod_pvt"] = e["cons"]
@@ -221,7 +230,7 @@ def _fill_pages(wa: int, swa: int, pa: int, ra: int, headroom: int, extras: int)
 
 
 @inline
-def _accepted(packet: Any, accepts: int, pages: int) -> bool:
+def accepted(packet: Any, accepts: int, pages: int) -> bool:
     """Whether a receiver takes packets of this kind, which would fill so many pages."""
     if pages > 1 and accepts & ACCEPTS_SG == 0:
         return False
@@ -232,43 +241,104 @@ def _accepted(packet: Any, accepts: int, pages: int) -> bool:
     return True
 
 
-@kernel
-def to_guest(wa: int, swa: int, pa: int, porta: int) -> None:
-    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, if it can take it now."""
-    port = port_at(porta)
+@inline
+def pages_of(packet: Any, headroom: int) -> int:
+    """Pages that a packet fills, of a receiver who wants so much free in each."""
+    return (packet["size"] + _PAGE - headroom - 1) // (_PAGE - headroom)
+
+
+@inline
+def slots_of(pa: int, headroom: int) -> int:
+    """Slots that it takes of the receiver's ring."""
+    return pages_of(packet_at(pa), headroom) + count_extras(pa, headroom)
+
+
+@inline
+def _new_delivery(wa: int, swa: int, pa: int, ra: int) -> Any:
     sw = switch_at(swa)
-    packet = packet_at(pa)
-    queues = port["n_out"]
-    if queues == 0:
-        return
-    ra = port["out"][choose_queue(porta, pa, queues)]
-    ring = ring_at(ra)
-    if ring["state"] != RING_ACTIVE:
-        return
-    stats = stats_at(ring["stats"])
-    headroom = port["headroom"]
-    pages = (packet["size"] + _PAGE - headroom - 1) // (_PAGE - headroom)
-    if not _accepted(packet, port["accepts"], pages):
-        stats["kinds"][N_UNSUPPORTED] += 1
-        return
-    extras = i64(count_extras(pa, headroom))
-    need = pages + extras
-    n = available(ring["end"])
-    if n == CORRUPT:
-        mark_dead(ra, V_OVERFLOW)
-        return
-    if n < need:
-        stats["kinds"][N_DROPPED] += 1
-        return
     # All copies of a packet are in one batch: when one fails all of its slots are there to be changed.
     if sw["n_deliveries"] == MAX_DELIVERIES or sw["n_ops"] + MOST_COPIES > worker_at(wa)["max_ops"]:
         flush(wa, swa)
         sw["n_deliveries"] = 0
     delivery = delivery_at(swa, sw["n_deliveries"])
     sw["n_deliveries"] += 1
-    delivery["ring"], delivery["packet"], delivery["slots"] = ra, pa, need
-    delivery["first"] = records(ring["end"], 1, RING_END)[0]["cons"]
-    _fill_pages(wa, swa, pa, ra, headroom, extras)
+    delivery["ring"], delivery["packet"], delivery["kept"] = ra, pa, 0
+    return delivery
+
+
+@kernel
+def place(wa: int, swa: int, pa: int, ra: int, headroom: int) -> None:
+    """Put a packet on a receiver's ring, which has buffers for it: as many as slots_of() says."""
+    ring = ring_at(ra)
+    delivery = _new_delivery(wa, swa, pa, ra)
+    delivery["slots"], delivery["first"] = slots_of(pa, headroom), records(ring["end"], 1, RING_END)[0]["cons"]
+    _fill_pages(wa, swa, pa, ra, headroom, i64(count_extras(pa, headroom)))
+    stats = stats_at(ring["stats"])
     stats["kinds"][N_RECEIVED] += 1
-    stats["bytes_written"] += packet["size"]
+    stats["bytes_written"] += packet_at(pa)["size"]
+    if port_at(ring["device"])["capture"] != 0:
+        capture_received(wa, ra, pa)
     mark_due(wa, ra)
+
+
+@kernel
+def _have_wait(wa: int, swa: int, pa: int, ra: int) -> int:
+    """Keep a packet until there are buffers for it, or credit: 0 if there is no room for it."""
+    w = worker_at(wa)
+    sw = switch_at(swa)
+    ring = ring_at(ra)
+    packet = packet_at(pa)
+    kept = i64(keep(ring["priv"], pa, w["now"] + port_at(ring["device"])["drain_ns"]))
+    if kept == 0:
+        stats_at(ring["stats"])["kinds"][N_DROPPED] += 1
+        return i64(0)
+    if rx_queue_at(ring["priv"])["count"] == 1:
+        mark_ready(wa, ra)  # to see to it that the wait ends
+    if packet["have"] == packet["size"]:
+        return i64(1)
+    delivery = _new_delivery(wa, swa, pa, ra)
+    delivery["slots"], delivery["kept"] = 0, kept
+    first = sw["n_ops"]
+    sw["n_ops"] = gather(wa, pa, packet_at(kept)["data"], packet["size"], first)
+    stats_at(ring["stats"])["grants_copied"] += sw["n_ops"] - first
+    owners = records(w["owners"], w["max_ops"], _I8)
+    for k in range(first, sw["n_ops"]):
+        owners[k] = sw["n_deliveries"] - 1
+    return i64(1)
+
+
+@kernel
+def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
+    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, now or later.
+
+    1 if so; 0 if it is lost, and the next one like it would be.
+    """
+    port = port_at(porta)
+    packet = packet_at(pa)
+    queues = port["n_out"]
+    if queues == 0:
+        return i64(0)
+    ra = port["out"][choose_queue(porta, pa, queues)]
+    ring = ring_at(ra)
+    if ring["state"] != RING_ACTIVE:
+        return i64(0)
+    stats = stats_at(ring["stats"])
+    headroom = port["headroom"]
+    if not accepted(packet, port["accepts"], pages_of(packet, headroom)):
+        stats["kinds"][N_UNSUPPORTED] += 1
+        return i64(0)
+    need = i64(slots_of(pa, headroom))
+    n = available(ring["end"])
+    if n == CORRUPT:
+        mark_dead(ra, V_OVERFLOW)
+        return i64(0)
+    if port["stalled"] != 0:
+        stats["kinds"][N_DROPPED] += 1
+        return i64(0)
+    limit = port["to_guest"]
+    q = rx_queue_at(ring["priv"])
+    if n < need or q["count"] > 0 or not is_free(limit, worker_at(wa)["now"]):
+        return i64(_have_wait(wa, swa, pa, ra))
+    charge(limit, q["index"], packet["size"])
+    place(wa, swa, pa, ra, headroom)
+    return i64(1)

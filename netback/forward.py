@@ -12,14 +12,15 @@ from typing import Any
 
 from pvdrivers.worker.batch import op_at, seam_of
 from pvdrivers.worker.marks import stats_at, worker_at
-from rings.atomics import call, copy_in, i64
+from rings.atomics import call, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 
-from .captured import capture_received
-from .deliver import begin, flush, to_guest
+from .deliver import begin, flush
 from .frame import fill_checksum, parse
+from .gather import gather
 from .port_out import to_port
+from .receive import may_leave, takes_whole, to_vif
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -32,12 +33,10 @@ from .records import (
     TO_ALL,
     TO_NOBODY,
     VLAN_SHIFT,
-    fragment_at,
     packet_at,
     port_at,
     switch_at,
 )
-from .staging import page_of, stage_at
 from .table import find, learn
 from .vlan import admits, classify, retag, suits
 
@@ -56,6 +55,9 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
     packet = packet_at(pa)
     now = worker_at(wa)["now"]
     parse(pa)
+    if not may_leave(pa, porta, stats):
+        packet["to"] = TO_NOBODY
+        return
     if switch_at(swa)["wire"] != 0:
         packet["to"] = TO_ALL
         return
@@ -86,16 +88,15 @@ def _note_wishes(pa: int, porta: int) -> None:
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
         if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
             packet["fill"] = 1
-    if port["kind"] != PORT_VIF or packet["fill"] != 0 or port["capture"] != 0:
+    whole = port["kind"] == PORT_VIF and takes_whole(packet, port["accepts"], port["headroom"])
+    if not whole or packet["fill"] != 0 or port["capture"] != 0:
         packet["want"] = packet["size"]
 
 
 @inline
 def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
     if port_at(porta)["kind"] == PORT_VIF:
-        to_guest(wa, swa, pa, porta)
-        if port_at(porta)["capture"] != 0:
-            capture_received(wa, swa, pa, porta)
+        to_vif(wa, swa, pa, porta)
     else:
         to_port(pa, porta)
 
@@ -138,24 +139,8 @@ def fetch(wa: int, swa: int, n: int) -> int:
     for k in range(n):
         pa = packet_of(swa, k)
         packet = packet_at(pa)
-        start = i64(0)
         if packet["verdict"] == P_SEND and packet["status"] == 0 and packet["have"] < packet["want"]:
-            for f in range(packet["fragments"]):
-                fragment = fragment_at(pa, f)
-                length = i64(fragment["length"])
-                skip = max(packet["have"] - start, 0)
-                take = min(length, packet["want"] - start) - skip
-                there = page_of(packet["stage"], i64(fragment["gref"]), 0) if take > 0 else i64(0)
-                if there != 0:
-                    copy_in(packet["data"] + start + skip, there + i64(fragment["offset"]) + skip, take)
-                    stats_at(stage_at(packet["stage"])["stats"])["persistent_hits"] += 1
-                elif take > 0:
-                    op = op_at(w["ops"], ops)
-                    op["address"], op["flags"] = packet["data"] + start + skip, 0
-                    op["gref"], op["domid"] = fragment["gref"], packet["domid"]
-                    op["offset"], op["length"] = i64(fragment["offset"]) + skip, take
-                    ops += 1
-                start += length
+            ops = gather(wa, pa, packet["data"], packet["want"], ops)
             packet["have"] = packet["want"]
         packet["last_op"] = ops
     if ops == 0:

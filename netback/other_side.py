@@ -9,11 +9,11 @@ from pvdrivers.errors import PlatformError
 from pvdrivers.worker.control import WorkerPool
 
 from .outer import OuterPort
-from .port import MOST_MTU, PortSpec
+from .port import LEAST_MTU, MOST_MTU, PortSpec
 from .switch import Switch, find_switch
 from .uplinks import Uplink, uplinks_of
 
-LEAST_MTU, DEFAULT_MTU = 68, 1500
+DEFAULT_MTU = 1500
 
 
 class OtherSide:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from pvdrivers.device import BackKeys
 
-__all__ = ["DEFAULT_SWITCH", "MOST_MTU", "PortSpec", "parse_port", "parse_uplink", "port_of"]
+__all__ = ["DEFAULT_SWITCH", "LEAST_MTU", "MOST_MTU", "PortSpec", "parse_port", "parse_uplink", "port_of"]
 
 DEFAULT_SWITCH = "pvdrivers"
 MOST_VLAN = 4094
@@ -35,8 +35,8 @@ _OPTIONS = {
     "null": (),
 }
 _OF_UPLINKS = ("vlan", "trunk", "mtu")
-MOST_MTU = 65521
-"""A TAP's largest."""
+LEAST_MTU, MOST_MTU = 68, 65521
+"""RFC 791; a TAP's largest, and what a packet of 65535 bytes has behind its Ethernet header."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _with(spec: PortSpec, key: str, value: str) -> PortSpec:
     if key == "trunk":
         return replace(spec, trunk=_vlans(value))
     if key == "mtu":
-        if not (value.isascii() and value.isdigit() and len(value) < 6 and 68 <= int(value) <= MOST_MTU):
-            raise ValueError(f"mtu={value!r} is not from 68 to {MOST_MTU}")
+        if not (value.isascii() and value.isdigit() and len(value) < 6 and LEAST_MTU <= int(value) <= MOST_MTU):
+            raise ValueError(f"mtu={value!r} is not from {LEAST_MTU} to {MOST_MTU}")
         return replace(spec, mtu=int(value))
     try:
         address = ipaddress.ip_interface(value)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from pvdrivers.worker.events import notify
 from pvdrivers.worker.fair import note_taken
-from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
+from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_DEAD, V_CLASS, V_OVERFLOW
 from rings.atomics import copy_in, i64, records
 from rings.jit import inline, kernel, seam_function
 from rings.netif import (
-    RSP_ERROR,
     RSP_NULL,
     RSP_OKAY,
     TX_ENTRY_SIZE,
@@ -29,7 +28,10 @@ from rings.netif import (
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, slot
 
 from .captured import capture_sent
+from .drain import drain
 from .forward import fetch, forward, packet_of
+from .limit import charge, end_turn, has_credit, may_begin
+from .multicast import amend
 from .records import (
     BATCH,
     CSUM_BLANK,
@@ -47,6 +49,7 @@ from .records import (
 )
 from .request import plan
 from .table import join
+from .waiting import rx_queue_at
 
 
 @inline
@@ -64,7 +67,7 @@ def _take(ra: int, slots: int, n: int) -> None:
 def _prepare(pa: int, ra: int) -> None:
     """Behind `plan`: what of it is to be private, and what is known of its checksum."""
     packet = packet_at(pa)
-    packet["domid"], packet["stage"] = ring_at(ra)["domid"], ring_at(ra)["priv"]
+    packet["domid"], packet["stage"] = ring_at(ra)["domid"], rx_queue_at(ring_at(ra)["priv"])["stage"]
     packet["have"], packet["want"] = 0, min(packet["size"], HEAD)
     packet["csum"] = CSUM_NONE
     if packet["flags"] & TXF_csum_blank != 0 or packet["gso_size"] != 0:
@@ -87,7 +90,7 @@ def _respond(ra: int, swa: int, pa: int) -> None:
         advance_prod(end, 1)
     if packet["status"] == RSP_OKAY:
         stats["kinds"][N_SENT] += 1
-        stats["bytes_read"] += packet["size"]
+        stats["bytes_read"] += packet["size"] if packet["verdict"] == P_SEND else 0
     else:
         stats["kinds"][N_REFUSED] += 1
 
@@ -121,7 +124,13 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if n == CORRUPT:
         mark_dead(ra, V_OVERFLOW)
         return 0
+    q = rx_queue_at(ring["priv"])
+    if q["lacking"] != 0:
+        mark_ready(wa, q["rx"])  # where both have one event channel it may be about that one
     if n == 0:
+        return 0
+    if not may_begin(wa, port["from_guest"], q["index"], ra):
+        ring["blocked"] = 1
         return 0
     swa = port["switch"]
     sw = switch_at(swa)
@@ -129,7 +138,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     packets = i64(0)
     at = i64(0)
     fault = i64(0)
-    while packets < min(budget, BATCH) and at < n and fault == 0:
+    while packets < min(budget, BATCH) and at < n and fault == 0 and has_credit(port["from_guest"]):
         pa = packet_of(swa, packets)
         packet = packet_at(pa)
         took = plan(pa, sw["slots"] + at * TX_ENTRY_SIZE, n - at)
@@ -137,7 +146,9 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             fault = i64(packet["fault"])
             break
         if packet["verdict"] == P_CONTROL:
-            packet["status"] = RSP_ERROR  # there is no filter, and none was offered
+            packet["status"] = amend(porta, packet["mcast"], packet["mcast_addr"])
+        elif packet["verdict"] == P_SEND:
+            charge(port["from_guest"], q["index"], packet["size"])
         packet["at"] = at
         _prepare(pa, ra)
         if port["capture"] != 0:
@@ -153,6 +164,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
         _respond(ra, swa, packet_of(swa, k))
     advance(ring["end"], at)
     note_taken(ra, packets)
+    end_turn(port["from_guest"], q["index"], 1 if at < n else 0)
     if fault != 0:
         _publish(wa, ra)  # what came before it is as good as any
         mark_dead(ra, V_CLASS + fault)
@@ -163,12 +175,15 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
 
 @seam_function
 def step_rx(wa: int, ra: int, budget: int, abandoned: int) -> int:
-    """RING.step of an rx ring: its requests are buffers, and stay until there is something for them."""
+    """RING.step of an rx ring: its requests are buffers, and stay until there is something for them. It is served when
+    something waits for them."""
     ring = ring_at(ra)
     ring["blocked"] = 1
     porta = ring["device"]
     if abandoned == 0:
         join(port_at(porta)["switch"], porta, worker_at(wa)["now"])
+        if port_at(porta)["handed_over"] == 0:
+            drain(wa, port_at(porta)["switch"], ra)
     return 0
 
 

@@ -74,6 +74,7 @@ PACKET = np.dtype(
         ("vlan", "i8"),  # the VLAN that it is in, 0 none; it does not leave that
         ("tagged", "i8"),  # ... and there is a tag that says so
         ("retag", "i8"),  # 1: somebody wants it the other way; 2: that it is now
+        ("until", "i8"),  # ns: when it is given up, while it waits for its receiver
         ("fragments", "i8"),
         ("fragment", FRAGMENT, (MAX_SLOTS + 1,)),  # one more stands for a tag that was put in
     ],
@@ -124,6 +125,39 @@ MAX_LEARNED = 256
 MAX_LEARNED_OUTSIDE = 2048
 """... and behind one that leads out of the process, where a whole network may be."""
 
+MOST_GROUPS = 64
+"""Multicast addresses that a guest may listen to: XEN_NETBK_MCAST_MAX of Linux's netback."""
+
+LIMIT = np.dtype(
+    [
+        ("rate", "f8"),  # bytes a ns; 0: there is no limit
+        ("burst", "f8"),  # bytes that are saved up at the most
+        ("tokens", "f8"),  # bytes that may be sent now; below 0 is a debt
+        ("at", "i8"),  # ns: when that was so
+        ("waiting", "i8"),  # queues that wait for their turn: a bit each
+        ("turn", "i8"),  # whose it is
+        ("passed", "f8", (MAX_QUEUES,)),  # bytes of each, counted as if who comes anew had had as many as the others
+    ],
+    align=True,
+)
+
+RX_QUEUE = np.dtype(
+    [
+        ("index", "i8"),
+        ("rx", "i8"),  # address of its rx RING
+        ("stage", "i8"),  # address of the STAGE of its grefs, 0 if it has none
+        ("base", "i8"),  # address of WAIT_BYTES for packets that wait
+        ("first", "i8"),  # where the first of them begins
+        ("free", "i8"),  # ... and behind the last
+        ("wrap", "i8"),  # where the one begins that is not there, as it was put at 0
+        ("count", "i8"),
+        ("lacking", "i8"),  # buffers that are to be there for the next; 0: it is not for these that it waits
+        ("since", "i8"),  # ns: that they have been lacking; 0: they have not
+    ],
+    align=True,
+)
+"""RING.priv of both rings of a queue: what waits for its guest, and what of its guest is mapped."""
+
 PORT = np.dtype(
     [
         ("kind", "i8"),  # PORT_*
@@ -142,6 +176,17 @@ PORT = np.dtype(
         ("trunk", "i8"),  # what has a tag is of the VLAN that it says, if that is among
         ("allowed", "u4", (128,)),  # ... these: a bit each
         ("capture", "i8"),  # address of a CAPTURE, 0 if nobody looks
+        ("down", "i8"),  # no carrier: nothing comes and nothing goes
+        ("most", "i8"),  # bytes of a packet without tags and segments that is not too large, 0: any is not
+        ("notifies", "i8"),  # the guest says of buffers when it posts them (feature-rx-notify)
+        ("drain_ns", "i8"),  # how long a packet waits for them
+        ("stall_ns", "i8"),  # how long the guest may have too few; 0: for ever
+        ("stalled", "i8"),  # RINGs on which it had
+        ("filters", "i8"),  # of what is sent to groups it gets what it listens to
+        ("n_groups", "i8"),
+        ("groups", "i8", (MOST_GROUPS,)),  # addresses
+        ("from_guest", "i8"),  # address of the LIMIT of what it sends, and
+        ("to_guest", "i8"),  # ... of what is sent to it
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves
         ("out", "i8", (MAX_QUEUES,)),  # their addresses
     ],
@@ -183,20 +228,31 @@ SWITCH = np.dtype(
         ("page_at", "i8"),  # ... from where on it is empty,
         ("page_in", "i8"),  # ... and its address, if it is mapped, or 0
         ("scratch", "i8"),  # 64 bytes
+        ("parcel", "i8"),  # PACKET: the segment that is being sent, of one that is cut
+        ("cuts", "i8"),  # CUT_BYTES for segments that are on their way
+        ("cut_at", "i8"),  # ... from here on they are free
     ],
     align=True,
 )
 
+CUT_BYTES = 4 * MOST_BYTES
 MAX_DELIVERIES = 1024
-DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8")], align=True)
-"""A packet on its way into slots `first` on of a receiver's ring: who is to be told if a copy fails."""
+DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8"), ("kept", "i8")], align=True)
+"""A packet on its way into slots `first` on of a receiver's ring: who is to be told if a copy fails. Or to where it
+waits for that, if `kept` is not 0: then that PACKET is told, and the sender."""
 _DELIVERY_SIZE = DELIVERY.itemsize
 
 # Index into STATS.kinds.
-(N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED) = range(8)
-KIND_NAMES = ("sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted")
+(N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED, N_CUT,
+ N_EXPIRED, N_FILTERED, N_TOO_LARGE, N_DOWN) = range(13)  # fmt: skip
+KIND_NAMES = (
+    "sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted", "cut",
+    "expired", "filtered", "too large", "no carrier",
+)  # fmt: skip
 """By the guest; to it; broken requests; no room on its ring; a page that could not be had; and of what it sent: nobody
-is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind."""
+is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind. To it, and cut into
+its segments here; dropped, as it had no buffers for too long; to a group that it does not listen to. By it or to it,
+and larger than its MTU; while it has no carrier."""
 
 
 @inline

@@ -22,8 +22,10 @@ from rings.netif import TX_ENTRY_SIZE
 
 from .records import (
     BATCH,
+    CUT_BYTES,
     DELIVERY,
     HEADROOM,
+    LIMIT,
     MAX_DELIVERIES,
     MAX_PORTS,
     PACKET,
@@ -48,6 +50,13 @@ class Port:
     vlan: int = 0
     trunk: frozenset[int] | None = None
     record: np.ndarray = field(default_factory=lambda: np.zeros(1, PORT))
+    limits: np.ndarray = field(default_factory=lambda: np.zeros(2, LIMIT))
+    """From the guest, and to it: LIMITs."""
+
+    def __post_init__(self) -> None:
+        row = self.record[0]
+        row["from_guest"] = self.limits.ctypes.data
+        row["to_guest"] = self.limits.ctypes.data + LIMIT.itemsize
 
     @property
     def address(self) -> int:
@@ -79,6 +88,8 @@ class Switch:
         packets["data"] = int(row["data"]) + HEADROOM + np.arange(BATCH) * STRIDE
         self._keep.append(packets)
         row["packets"] = packets.ctypes.data
+        row["parcel"] = self._new(PACKET.itemsize)
+        row["cuts"] = self._new(CUT_BYTES)
 
     def _new(self, size: int) -> int:
         memory = Memory(size)

@@ -122,6 +122,7 @@ def retag(pa: int) -> None:
         packet["have"] + delta,
         packet["want"] + delta,
     )
+    packet["ip"] += delta if packet["l3"] != 0 else 0
     if packet["l4"] != 0:
         packet["l4"], packet["csum_at"] = packet["l4"] + delta, packet["csum_at"] + delta
     if packet["tagged"] != 0:

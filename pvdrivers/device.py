@@ -229,11 +229,8 @@ def _walk(store: XenStore, device: DeviceId, tx: int, top: str) -> list[str]:
         for name in store.ls(f"{device.frontend_path}/{directory}".rstrip("/"), tx) or ():
             path = f"{directory}/{name}".lstrip("/")
             if len(name) > MAX_NAME or len(found) >= MAX_NODES:
-                raise ProtocolViolation(
-                    device.domid,
-                    str(device),
-                    f"frontend directory has more than {MAX_NODES} nodes, or a name longer than {MAX_NAME}",
-                )
+                text = f"frontend directory has more than {MAX_NODES} nodes, or a name longer than {MAX_NAME}"
+                raise ProtocolViolation(device.domid, str(device), text)
             found.append(path)
             # Only these have children in any protocol; asking every node would double the round trips.
             if path.count("/") < _MAX_DEPTH - 1 and re.match(r"queue-|vscsi-devs|port", path):
@@ -331,6 +328,8 @@ class Device(ABC):
 
     violations: Mapping[int, str] = {}
     """RING.violation of the class's own, from worker.records.V_CLASS on, in words."""
+    live_keys: Sequence[str] = ()
+    """Of the guest's directory: refresh() is called when it changes one while it is connected."""
     params: BackKeys
     """The backend's own directory, read just before advertise(), connect() and refresh() are called."""
 

@@ -110,11 +110,29 @@ class Finder:
                 self._poll = self._host.later(POLL_SECONDS, self._look_at_unwatched)
         else:
             life.troubles.over("unwatched")
+            self._watch_live(life)
+
+    def _watch_live(self, life: Life) -> None:
+        for key in life.device.live_keys:
+            try:
+                self._watch(f"{life.ident.frontend_path}/{key}", f"live {life.ident}")
+            except OSError as e:
+                if e.errno not in QUOTA:
+                    raise
+                log.debug("%s: %s", life.ident, e)  # then it holds from the next connection on
 
     def unwatch_front(self, ident: DeviceId) -> None:
         """Hear no more of it."""
         if self.unwatched.pop(key_of(ident), None) is None:
             self._host.store.unwatch(ident.frontend_path + "/state", f"front {ident}")
+            for key in self.classes[ident.class_name].live_keys:
+                self._unwatch_live(ident, key)
+
+    def _unwatch_live(self, ident: DeviceId, key: str) -> None:
+        try:
+            self._host.store.unwatch(f"{ident.frontend_path}/{key}", f"live {ident}")
+        except FileNotFoundError:
+            pass  # there was no watch left for it
 
     def _look_at_unwatched(self) -> None:
         self._poll = None
@@ -226,11 +244,14 @@ class Finder:
         """Take what the watches tell, and look at what it is about: each device once, however much was written."""
         lives = self._host.lives
         fronts: dict[str, int] = {}
+        live: dict[str, int] = {}
         backs: dict[Key, set[str]] = {}
         for path, token in self._host.store.events():
             kind, _, what = token.partition(" ")
             if kind == "front":
                 fronts[what] = fronts.get(what, 0) + 1
+            elif kind == "live":
+                live[what] = live.get(what, 0) + 1
             elif kind == "back":
                 self._back_event(what, path, backs)
             elif kind == "release":
@@ -241,8 +262,10 @@ class Finder:
                 lives[key].handle_backend_change(names)
             else:
                 self._try(*key)
-        if fronts:
+        if fronts or live:
             for life in list(lives.values()):
+                if str(life.ident) in live:
+                    life.handle_live_key(live[str(life.ident)])
                 if str(life.ident) in fronts:
                     life.handle_frontend_change(fronts[str(life.ident)])
 

@@ -179,6 +179,8 @@ class Host:
         for device, kind, text in self.context.workers.notices():
             if (life := self._life_of(device)) is not None:
                 life.notice(kind, text)
+                if kind == "stalled":
+                    life.refresh()  # its class has something to tell the guest
 
     def _life_of(self, device: Device) -> Life | None:
         life = self.lives.get(key_of(device.ident))

@@ -30,7 +30,7 @@ S = XenbusState
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
-_OF_RINGS = ("grants", "events", "io", "port")  # troubles of rings that are no more
+_OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -90,6 +90,11 @@ class Life:
             self._control.later(QUIET_SECONDS, self._unpause)
             return
         self.look()
+
+    def handle_live_key(self, events: int = 1) -> None:
+        """A key of the frontend's that its class wants to hear of was written: as rarely as its state may be."""
+        self._refresh = True
+        self.handle_frontend_change(events)
 
     def handle_backend_change(self, keys: Iterable[str] = ()) -> None:
         """`keys` of our own directory were written, by us or by the toolstack."""
@@ -266,12 +271,7 @@ class Life:
         return False
 
     def _stepped(
-        self,
-        ours: XenbusState,
-        theirs: XenbusState,
-        wanted: Step,
-        keys: Publish | None,
-        error: BaseException | None,
+        self, ours: XenbusState, theirs: XenbusState, wanted: Step, keys: Publish | None, error: BaseException | None
     ) -> None:
         recovered, published = wanted.action is Action.RECOVER, False
         if error is None:

@@ -24,6 +24,7 @@ _OVER = {
     "grants": "its guest's pages are mapped again",
     "events": "its guest sends no events without end any more",
     "port": "its port is there again",
+    "stalled": "its guest has buffers again",
 }
 
 

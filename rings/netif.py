@@ -87,6 +87,7 @@ KEY_CTRL_RING = "feature-ctrl-ring"
 KEY_MCAST = "feature-multicast-control"
 KEY_DYNAMIC_MCAST = "feature-dynamic-multicast-control"
 KEY_XDP_HEADROOM = "feature-xdp-headroom"
+KEY_CARRIER = "carrier"
 # By both ends:
 KEY_SG = "feature-sg"
 KEY_GSO_TCPV4 = "feature-gso-tcpv4"

@@ -118,8 +118,9 @@ def _guest(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="BRIDGE[,KEY=VALUE...]",
-        help="attach a vif: switch:NAME or null:, and mac=, mtu=, queues=, hash=on; with tap=NAME there is a TAP behind"
-        " it, in the network namespace that this runs in; may be repeated",
+        help="attach a vif: switch:NAME or null:, and mac=, mtu=, queues=, hash=on, csum=0, gso=0, sg=0 for what it"
+        " does not take; with tap=NAME there is a TAP behind it, in the network namespace that this runs in; may be"
+        " repeated",
     )
     verb.add_argument(
         "--disk",

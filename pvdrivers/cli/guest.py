@@ -166,7 +166,7 @@ class Guest:
             self._toolstack.store, "vif", self.domid, devid, be={**keys, "bridge": spec.bridge}, fe=keys
         )
         self._backends.append(backend)
-        vif = Netfront(self._platform, devid, queues=spec.queues, watches=self._watches)
+        vif = Netfront(self._platform, devid, queues=spec.queues, wishes=spec.wishes, watches=self._watches)
         self.vifs.append(vif)
         self._connect(vif, backend)
         if spec.hash:

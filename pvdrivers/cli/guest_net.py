@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.frontends.netfront import Netfront
+from pvdrivers.frontends.netfront_keys import Wishes
 
 __all__ = ["NetSpec", "describe_net", "parse_net", "spread"]
 
@@ -16,7 +17,7 @@ _MOST_NAME = 15  # IFNAMSIZ with its zero
 
 @dataclass(frozen=True)
 class NetSpec:
-    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU.
+    """`bridge` as the backend reads it; `tap` "": none; `queues` None: one a CPU; `wishes`: what it takes.
 
     `hash`: packets come by the queue that a Toeplitz hash with a key of the guest's own says, not as the backend likes.
     """
@@ -27,6 +28,7 @@ class NetSpec:
     mtu: int = 1500
     queues: int | None = 1
     hash: bool = False
+    wishes: Wishes = field(default_factory=Wishes)
 
 
 def parse_net(text: str) -> NetSpec:
@@ -45,12 +47,18 @@ def parse_net(text: str) -> NetSpec:
             spec = replace(spec, hash=value == "on")
         elif key == "mac":
             spec = replace(spec, mac=value)
+        elif key in ("sg", "gso", "csum"):
+            if value not in ("0", "1"):
+                raise ConfigError(f"--net {text}: {key}={value!r} is neither 0 nor 1")
+            on = value == "1"
+            what = {"csum4": on, "csum6": on} if key == "csum" else {key: on}
+            spec = replace(spec, wishes=replace(spec.wishes, **what))
         elif key == "tap":
             if not value or len(value) > _MOST_NAME or "/" in value:
                 raise ConfigError(f"--net {text}: tap={value!r} is no name of an interface (at most {_MOST_NAME})")
             spec = replace(spec, tap=value)
         else:
-            raise ConfigError(f"--net {text}: {key!r} is not one of hash, mac, mtu, queues, tap")
+            raise ConfigError(f"--net {text}: {key!r} is not one of csum, gso, hash, mac, mtu, queues, sg, tap")
     return spec
 
 

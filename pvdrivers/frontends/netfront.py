@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -31,11 +31,13 @@ from pvdrivers.xenbus import XenbusState
 from rings.jit import compile_for
 from rings.netif import KEY_REQUEST_XDP_HEADROOM
 
+from . import netfront_groups_kernels
 from . import netfront_kernels as kernels
 from . import netfront_keys as keys
 from .front import Frontend
 from .netfront_control import ControlRing
 from .netfront_control import warm as warm_control
+from .netfront_groups import Groups
 from .netfront_hash import ALL_TYPES, Hash, apply
 from .netfront_queue import Queue
 from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
@@ -90,9 +92,14 @@ class Netfront(Frontend):
             raise ConfigError(f"{queues} queues: there is at least one")
         super().__init__(platform, devid, str(devid), watches)
         self.mac = b""
+        self.mtu = 1500
+        self.carrier = True
+        """Whether the backend passes packets: netif.h, "Carrier State". Others hear of a change by `on_carrier`."""
+        self.on_carrier: list[Callable[[bool], None]] = []
         self.offer = keys.Offer()
+        self.groups = Groups(self)
         self.queues: list[Queue] = []
-        self._wishes = wishes or keys.Wishes()
+        self.wishes = wishes or keys.Wishes()
         self._want_queues = queues
         self._trusted = trusted
         self.control: ControlRing | None = None
@@ -247,6 +254,10 @@ class Netfront(Frontend):
     def _refresh(self) -> None:
         if self._their_state() is XenbusState.Reconfigured:
             self._seen.set()
+        before, self.carrier = self.carrier, keys.read_carrier(self._read_key)
+        if self.carrier != before:
+            for call in list(self.on_carrier):
+                call(self.carrier)
 
     def _control_ring(self) -> ControlRing:
         if self.failure or self.control is None:
@@ -264,13 +275,13 @@ class Netfront(Frontend):
         """Before the first packet: what is not kept mapped is copied, and so is all of it if this fails."""
         self.staged = 0
         try:
-            for queue in self.queues if self._wishes.staging and ring.active else ():
+            for queue in self.queues if self.wishes.staging and ring.active else ():
                 self.staged += stage(ring, queue.index, *queue.grefs(), 5.0)
         except OSError as error:
             log.warning("vif %s: not all of its pages stay mapped: %s", self.name, error)
 
     def _open_control(self) -> tuple[int, int] | None:
-        if not (self.offer.control and self._wishes.control):
+        if not (self.offer.control and self.wishes.control):
             if self.control is not None:
                 self.control.end()
             self.control = None
@@ -286,6 +297,7 @@ class Netfront(Frontend):
         self._release(0)
         store = self.platform.store
         self.mac = keys.read_mac(lambda key: store.read(f"{self.path}/{key}"))
+        self.mtu = keys.read_mtu(lambda key: store.read(f"{self.path}/{key}"))
         self.offer = keys.read_offer(self._read_key)
         cpus = len(os.sched_getaffinity(0))
         count = min(self.offer.queues, cpus if self._want_queues is None else self._want_queues)
@@ -294,8 +306,8 @@ class Netfront(Frontend):
         for queue in self.queues[count:]:
             queue.end()
         del self.queues[count:]
-        rings = [queue.open(self._backend_id, split=self.offer.split and self._wishes.split) for queue in self.queues]
-        wishes = replace(self._wishes, gso=self._wishes.gso and self._wishes.sg)
+        rings = [queue.open(self._backend_id, split=self.offer.split and self.wishes.split) for queue in self.queues]
+        wishes = replace(self.wishes, gso=self.wishes.gso and self.wishes.sg)
         wanted = keys.frontend_keys(rings, wishes, self._open_control(), self._headroom)
 
         def write(tx: int) -> None:
@@ -318,6 +330,8 @@ class Netfront(Frontend):
             self._hash_again(self.control)
             self._stage(self.control)
         self._connected()
+        self._refresh()
+        self.groups.join_again()
         self._say(new)  # whoever waits for this expects that it receives
 
     def _rings(self) -> list[Queue | ControlRing]:
@@ -354,6 +368,7 @@ class Netfront(Frontend):
 
 def warm() -> None:
     """Compile all that an interface needs. Twice costs nothing."""
-    for name, arguments in kernels.ARGUMENTS.items():
-        compile_for(getattr(kernels, name), arguments)
+    for module in (kernels, netfront_groups_kernels):
+        for name, arguments in module.ARGUMENTS.items():
+            compile_for(getattr(module, name), arguments)
     warm_control()

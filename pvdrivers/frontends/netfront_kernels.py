@@ -79,7 +79,8 @@ from .netfront_records import (
 )
 
 _PAGE = 4096
-_NO_ID = 0xFFFF  # of a slot that holds an extra
+NO_ID = 0xFFFF
+"""Of a slot that holds an extra."""
 _FRAME_SIZE, _EPOLL_EVENT_SIZE = FRAME.itemsize, EPOLL_EVENT.itemsize
 
 
@@ -104,7 +105,7 @@ def _violated(qa: int, what: int, value: int) -> int:
 
 
 @inline
-def _put_tx(qa: int, gref: int, flags: int, id: int, size: int) -> None:
+def put_tx(qa: int, gref: int, flags: int, id: int, size: int) -> None:
     """One request, written as two stores and one: gref and offset 0 with flags, then id and size."""
     q = queue_at(qa)
     at = slot(q["tx_end"], records(q["tx_end"], 1, RING_END)[0]["prod_pvt"])
@@ -120,7 +121,7 @@ def _put_extra(qa: int, extra: int) -> None:
     q = queue_at(qa)
     at = slot(q["tx_end"], records(q["tx_end"], 1, RING_END)[0]["prod_pvt"])
     store64(at, extra)
-    store32(at + 8, np.uint32(_NO_ID))
+    store32(at + 8, np.uint32(NO_ID))
     advance_prod(q["tx_end"], 1)
 
 
@@ -152,7 +153,7 @@ def start(qa: int, data: int, fa: int) -> int:
             zero_bytes(at + n, _PAGE - n)
         flags = i64(TXF_more_data) if k + 1 < pages else i64(0)
         # The first says how large the packet is, the others what they have of it.
-        _put_tx(qa, i64(load32(q["grefs"] + page * 4)), flags | (first if k == 0 else 0), page, size if k == 0 else n)
+        put_tx(qa, i64(load32(q["grefs"] + page * 4)), flags | (first if k == 0 else 0), page, size if k == 0 else n)
         if k == 0 and frame["gso_size"] != 0:
             more = EXTRA_FLAG_MORE << 8 if extras > 1 else 0
             _put_extra(qa, EXTRA_GSO | more | frame["gso_size"] << 16 | frame["gso_type"] << 32)
@@ -192,7 +193,9 @@ def reap(qa: int) -> int:
         store8(q["in_flight"] + page, np.uint8(0))
         store32(q["free"] + q["free_n"] * 4, np.uint32(page))
         q["free_n"] += 1
-        if status != RSP_OKAY:
+        if page == q["amended"]:
+            q["amended"], q["answer"] = -1, status
+        elif status != RSP_OKAY:
             q["tx_errors"] += 1
     advance(q["tx_end"], n)
     return i64(n)

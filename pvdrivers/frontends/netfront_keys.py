@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from rings import netif
 
-__all__ = ["Offer", "Ring", "Wishes", "frontend_keys", "is_negotiated", "read_mac", "read_offer"]
+__all__ = [
+    "Offer", "Ring", "Wishes", "frontend_keys", "is_negotiated", "read_carrier", "read_mac", "read_mtu", "read_offer",
+]  # fmt: skip
 
 Read = Callable[[str], bytes | None]
 """Reads a key of a directory; None if it is not there."""
@@ -28,6 +30,8 @@ class Offer:
     split: bool = False
     control: bool = False
     headroom: bool = False
+    multicast: bool = False
+    """... with a filter that may be switched on and off at any time."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Wishes:
     """What a frontend takes: packets of many pages, of many segments, and with checksums that are to be completed.
 
     And what it makes use of: an event channel for each ring, a control ring, pages that stay mapped in the backend.
+    `notify`: it says so when it posts buffers. `multicast`: of what is sent to groups only what it has joined.
     """
 
     sg: bool = True
@@ -44,6 +49,8 @@ class Wishes:
     split: bool = True
     control: bool = True
     staging: bool = True
+    notify: bool = True
+    multicast: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,18 @@ def read_offer(read: Read) -> Offer:
         split=switch(netif.KEY_SPLIT_EVENTS),
         control=switch(netif.KEY_CTRL_RING),
         headroom=switch(netif.KEY_XDP_HEADROOM),
+        multicast=switch(netif.KEY_MCAST) and switch(netif.KEY_DYNAMIC_MCAST),
     )
+
+
+def read_mtu(read: Read) -> int:
+    """What the toolstack says of the largest packet, 1500 if it says nothing. Raises ValueError."""
+    return max(68, _number(read, "mtu", 1500, 65521))
+
+
+def read_carrier(read: Read) -> bool:
+    """Whether the backend passes packets; it does if it does not say. Raises ValueError."""
+    return _number(read, netif.KEY_CARRIER, 1, 1) != 0
 
 
 def read_mac(read: Read) -> bytes:
@@ -107,7 +125,8 @@ def frontend_keys(
     """
     keys = {
         netif.KEY_REQUEST_RX_COPY: "1",
-        netif.KEY_RX_NOTIFY: "1",
+        netif.KEY_RX_NOTIFY: str(int(wishes.notify)),
+        netif.KEY_REQUEST_MCAST: str(int(wishes.multicast)),
         netif.KEY_SG: str(int(wishes.sg)),
         netif.KEY_GSO_TCPV4: str(int(wishes.gso)),
         netif.KEY_GSO_TCPV6: str(int(wishes.gso)),

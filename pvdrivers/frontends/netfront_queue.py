@@ -119,6 +119,7 @@ class Queue:
         q = self.record[0]
         with self.tx_lock, self.rx_lock:
             q["sg"], q["untrusted"], q["violation"], q["stop"] = sg, untrusted, 0, 0
+            q["amended"] = -1
             kernels.post_all(self.at)
             self.active = True
 

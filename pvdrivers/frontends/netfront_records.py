@@ -60,6 +60,8 @@ QUEUE = np.dtype(
         ("received", "i8"),
         ("bytes_sent", "i8"),
         ("bytes_received", "i8"),
+        ("amended", "i8"),  # id of the request that was the last to join or leave a group, -1 none was
+        ("answer", "i8"),  # ... and its status, NO_ANSWER until it has one
         ("tx_errors", "i8"),  # answered with another status than OKAY
         ("rx_errors", "i8"),
         ("wakeups", "i8"),
@@ -67,6 +69,8 @@ QUEUE = np.dtype(
     align=True,
 )
 
+NO_ANSWER = 2
+"""No NETIF_RSP_* for a request."""
 RX, TX = 1, 2
 """What arm() asks to be woken for: a packet, pages that come back."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -29,9 +30,12 @@ from .netfront_records import FRAME
 
 __all__ = ["Tap", "warm"]
 
+log = logging.getLogger(__name__)
+
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
 _TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6, _TUN_F_TSO_ECN = 1, 2, 4, 8
+_TUNSETCARRIER = 0x400454E2
 _SIOCSIFHWADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU = 0x8924, 0x8913, 0x8914, 0x8922
 _IFF_UP, _ARPHRD_ETHER = 0x1, 1
 _MOMENT = 0.005
@@ -57,6 +61,8 @@ class Tap:
             if e.errno in (errno.EPERM, errno.EACCES):
                 text += "; it takes CAP_NET_ADMIN and /dev/net/tun"
             raise PlatformError(text) from e
+        vif.on_carrier.append(self._set_carrier)
+        self._set_carrier(vif.carrier)
         for index, fd in enumerate(self._fds):
             thread = threading.Thread(target=self._carry, args=(index, fd), name=f"tap-{name}-{index}", daemon=True)
             self._threads.append(thread)
@@ -85,6 +91,14 @@ class Tap:
             (flags,) = struct.unpack_from("H", fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16s24x", name)), 16)
             fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
 
+    def _set_carrier(self, up: bool) -> None:
+        """As the backend has it, so that the guest's kernel sees it: Linux 5.0 and later."""
+        for fd in self._fds[:1]:
+            try:
+                fcntl.ioctl(fd, _TUNSETCARRIER, struct.pack("i", up))
+            except OSError as e:
+                log.debug("TAP %s: no carrier can be set: %s", self.name, e)
+
     def _carry(self, index: int, fd: int) -> None:
         buffers, frames = np.zeros(2 * kernels.ROOM, np.uint8), np.zeros(2, FRAME)
         registered = False
@@ -105,6 +119,7 @@ class Tap:
     def close(self) -> None:
         """Take the TAP away. The vif stays."""
         self._ended = True
+        self.vif.on_carrier.remove(self._set_carrier)
         for queue in self.vif.queues:
             queue.interrupt()
         for thread in self._threads:

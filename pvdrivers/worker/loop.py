@@ -27,6 +27,7 @@ from rings.atomics import call, i64, load_acquire64, pause, records, store_relea
 from rings.jit import inline, kernel
 from rings.ring import available, final_check
 
+from .alarm import until_alarm, wake_due
 from .events import unmask, unmask_now
 from .fair import look_around
 from .marks import complete, mark_active, mark_ready, pop_ready, ring_address, ring_at, worker_at
@@ -346,6 +347,7 @@ def run(wa: int) -> int:
         if n > 0:
             _handle_completions(wa, n)
         let_in(wa)
+        wake_due(wa)
         if w["now"] >= w["house_at"]:
             _keep_house(wa)
         _finish(wa)
@@ -374,7 +376,7 @@ def run(wa: int) -> int:
             w["naps"] += 1
         else:
             w["sleeps"] += 1
-        n = wait(u, longest(wa, nap if nap > 0 else max(w["house_at"] - w["now"], i64(1))))
+        n = wait(u, until_alarm(wa, longest(wa, nap if nap > 0 else max(w["house_at"] - w["now"], i64(1)))))
         if n == -EAGAIN or n == -EBUSY:
             # Short of memory, or of room for completions: nothing is lost, it is all still queued.
             w["short"] += 1

@@ -22,6 +22,8 @@ STORM = (
     f" more than {storm.MOST} a second; it is let in {10**9 // storm.HOLD_NS} times a second"
 )
 
+STALLED = "its guest has had too few buffers for a packet for too long; what is sent to it is dropped until it has"
+
 
 FAILED = "{count} of its requests failed; the latest of {nbytes} bytes at byte {at}: {why}"
 
@@ -78,3 +80,5 @@ def _of(device: Any, ring: np.void) -> Iterator[tuple[str, str]]:
         yield "events", STORM
     if ring["lost"]:
         yield "port", device.port_lost(-int(ring["lost"]))
+    if ring["stalled"]:
+        yield "stalled", STALLED

@@ -47,6 +47,7 @@ WORKER = np.dtype(
         ("event_in", "i8"),  # where the io_uring reads that fd to; 0: it is polled, and the seam reads
         ("event_in_size", "i8"),
         ("let_in_at", "i8"),  # ns: when ports of guests that storm are let in again; 0: none does
+        ("wake_at", "i8"),  # ns: when the first ring with an alarm is to be served; 0: there is none
         ("house_at", "i8"),  # ns: when idle rings and events are looked at again; see loop
         ("deaf", "i8"),  # it could not be read or polled again, for want of memory: to be tried once more
         ("uring", "i8"),  # address of a URING
@@ -149,6 +150,7 @@ RING = np.dtype(
         ("lost", "i8"),  # -errno that a descriptor of its class's own is lost by; 0: it is in order
         ("polled", "i8"),  # 0 no poll of event_fd, 1 queued, 2 being removed
         ("blocked", "i8"),  # cannot take what is pending until something else happens (hold, no resources)
+        ("offered", "i8"),  # its requests are buffers that stay on it: they are no reason for an event
         ("masked", "i8"),  # its port was delivered and waits for event_unmask
         ("ready", "i8"),  # on the ready list
         ("active", "i8"),  # on the active list: events not armed
@@ -190,6 +192,8 @@ RING = np.dtype(
         ("failed_res", "i8"),  # ... -errno of the store
         ("failed_at", "i8"),  # ... byte
         ("failed_bytes", "i8"),
+        ("wake_at", "i8"),  # ns: when it is to be served, whatever happens until then; 0: at no time. See alarm
+        ("stalled", "i8"),  # its guest takes nothing: what that means is its class's
         ("storming", "i8"),  # its guest sends events with nothing behind them: see storm
         ("storm_at", "i8"),  # ns: since when they are counted, and
         ("storm_cons", "i8"),  # ... RING_END.cons at that time
@@ -248,7 +252,7 @@ HIST_KINDS = 3  # read, write, other
 
 STATS = np.dtype(
     [
-        ("kinds", "u8", (8,)),  # requests by kind: read, write, flush, barrier, discard, secure discard, rejected, -
+        ("kinds", "u8", (16,)),  # requests by kind: read, write, flush, barrier, discard, secure discard, rejected, -
         ("bytes_read", "u8"),
         ("bytes_written", "u8"),
         ("errors", "u8"),

@@ -39,7 +39,7 @@ def count_event(wa: int, ra: int) -> None:
     ring = ring_at(ra)
     stats = stats_at(ring["stats"])
     stats["events"] += 1
-    if available(ring["end"]) != 0:
+    if ring["offered"] == 0 and available(ring["end"]) != 0:
         return
     stats["idle_events"] += 1
     e: Any = records(ring["end"], 1, RING_END)[0]

@@ -78,21 +78,20 @@ def test_an_address_is_learned_and_moves_but_nobody_takes_that_of_a_vif(net: Any
 
 
 def test_a_receiver_that_takes_nothing_loses_packets_and_nobody_else_does(net: Any) -> None:
-    """XSA-392: there is no queue that could grow, and no timer that one free slot defeats."""
+    """XSA-392 (CVE-2021-28715): what waits for a guest that keeps one slot free is bounded."""
     a, b, c = net.guest(), net.guest(), net.guest()
     frame = a.frame(b, bytes(4096 * 15 - 14))
     for _ in range(17 + 18):  # it has room for 17, and then keeps one slot free
         a.vif.send(frame)
     until(lambda: a.counted("sent") == 35)
-    assert b.counted("received") + b.counted("dropped") == 35
-    assert b.counted("dropped") == 18
+    assert b.counted("received") == 17
+    assert b.counted("dropped") == 10  # and eight wait, in 512 KiB
     a.vif.send(a.frame(c, b"you too?"))
     assert c.vif.receive(5) == a.frame(c, b"you too?")
-    while True:
-        try:
-            assert b.vif.receive(0.1) == frame
-        except TimeoutError:
-            break
+    for _ in range(25):
+        assert b.vif.receive(5) == frame
+    nothing_came(b)
+    assert b.counted("received") == 25
     a.vif.send(a.frame(b))
     assert b.vif.receive(5) == a.frame(b)
 
@@ -149,7 +148,7 @@ def test_segments_go_as_one_packet_to_who_takes_them(net: Any) -> None:
     frame = Frame(a.frame(b, os.urandom(60000), 0x800), CSUM_BLANK, 1448, 1)
     a.vif.send_all([frame])
     assert b.vif.receive_all(1, 5) == [frame]
-    a.vif.send_all([Frame(a.frame(c, bytes(60000), 0x800), CSUM_BLANK, 1448, 1)])
+    a.vif.send_all([Frame(a.frame(c, bytes(60000), 0x800), CSUM_BLANK, 1448, 1)])  # no TCP: nobody could cut it
     until(lambda: c.counted("not accepted") == 1)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pvdrivers.cli.stats import snapshot
+
 from .conftest import COMMAND, Daemon
 
 pytestmark = [
@@ -63,8 +65,8 @@ def spaces(xen: Path, daemon: Daemon, request: pytest.FixtureRequest) -> Iterato
     options = getattr(request, "param", "")
     with contextlib.ExitStack() as stack:
         made = []
-        for number in (1, 2):
-            made.append(Space(xen, number, options))
+        for number, mine in ((1, options), (2, options)) if isinstance(options, str) else enumerate(options, 1):
+            made.append(Space(xen, number, mine))
             stack.callback(made[-1].end)
         yield made[0], made[1]
 
@@ -113,6 +115,22 @@ def test_tcp(spaces: tuple[Space, Space], reverse: list[str]) -> None:
     end = said["end"]
     assert end["sum_received"]["bytes"] > 10_000_000
     print(f"{end['sum_received']['bits_per_second'] / 1e9:.2f} Gbit/s", file=sys.stderr)
+
+
+@pytest.mark.parametrize("spaces", [("", ",gso=0,csum=0"), ("", ",sg=0,gso=0")], indirect=True)
+@pytest.mark.parametrize("six", [[], ["-6"]])
+def test_tcp_to_a_guest_that_takes_no_segments(spaces: tuple[Space, Space], six: list[str], daemon: Daemon) -> None:
+    """Its kernel drops what has a wrong checksum, length or number, and says so."""
+    need("iperf3")
+    a, b = spaces
+    with iperf_server(b):
+        said = json.loads(a.run("iperf3", "--json", "--time", "1", "--client", b.address6 if six else b.address, *six))
+    assert said["end"]["sum_received"]["bytes"] > 10_000_000
+    counted = b.run("cat", "/proc/net/snmp").splitlines()
+    names, values = (line.split() for line in counted if line.startswith("Tcp:"))
+    assert dict(zip(names, values))["InErrs"] == "0"
+    assert sum(q["requests"]["cut"] for d in snapshot(daemon.run_dir) for q in d["queues"]) > 100
+    print(f"{said['end']['sum_received']['bits_per_second'] / 1e9:.2f} Gbit/s", file=sys.stderr)
 
 
 def test_tcp_goes_on_when_the_daemon_is_killed(spaces: tuple[Space, Space], daemon: Daemon) -> None:

@@ -66,12 +66,14 @@ def test_a_tag_goes_in_and_out(pieces: list[int], have: int, vlan: int, tagged: 
     packet = Packet(data, size if private else min(have, size), [] if private else pieces)
     row = packet.record[0]
     row["vlan"], row["tagged"], row["l4"], row["csum_at"] = vlan, tagged, 34, 50
+    row["l3"], row["ip"] = 4, 14
     before = (int(row["data"]), packet.bytes())
     assert before[1] == data
     retag(packet.address)
     other = data[:12] + data[16:] if tagged else data[:12] + tag + data[12:]
     assert packet.bytes() == other
-    assert (int(row["size"]), int(row["l4"])) == (len(other), 34 + len(other) - len(data))
+    delta = len(other) - len(data)
+    assert (int(row["size"]), int(row["ip"]), int(row["l4"])) == (len(other), 14 + delta, 34 + delta)
     retag(packet.address)
     assert (int(row["data"]), packet.bytes(), int(row["size"])) == (*before, len(data))
 

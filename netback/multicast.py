@@ -1,0 +1,49 @@
+"""Which groups a guest listens to (netif.h, "feature-multicast-control"), and what it gets of what is sent to groups.
+
+As Linux (xenvif_mcast_add, _del, _match): the list may be amended whether it is used or not; broadcast is no group;
+over MOST_GROUPS addresses an ERROR. A group that is in the list already is in it once.
+"""
+
+from __future__ import annotations
+
+from rings.atomics import i64
+from rings.jit import inline, kernel
+from rings.netif import EXTRA_MCAST_ADD, RSP_ERROR, RSP_OKAY
+
+from .records import MOST_GROUPS, port_at
+
+BROADCAST = 0xFFFFFFFFFFFF
+
+
+@kernel
+def _find(porta: int, mac: int) -> int:
+    port = port_at(porta)
+    for k in range(port["n_groups"]):
+        if port["groups"][k] == mac:
+            return i64(k)
+    return i64(-1)
+
+
+@kernel
+def amend(porta: int, kind: int, mac: int) -> int:
+    """Put a group into the list of a port, or out of it: what the guest is answered, RSP_*."""
+    port = port_at(porta)
+    k = i64(_find(porta, mac))
+    if kind == EXTRA_MCAST_ADD:
+        if mac & 1 == 0 or (k < 0 and port["n_groups"] == MOST_GROUPS):
+            return i64(RSP_ERROR)
+        if k < 0:
+            port["groups"][port["n_groups"]] = mac
+            port["n_groups"] += 1
+    elif k >= 0:
+        port["n_groups"] -= 1
+        port["groups"][k] = port["groups"][port["n_groups"]]
+    return i64(RSP_OKAY)
+
+
+@inline
+def wants(porta: int, dst: int) -> bool:
+    """Whether the guest behind a port is to get a packet to this address."""
+    if dst & 1 == 0 or port_at(porta)["filters"] == 0 or dst == BROADCAST:
+        return True
+    return _find(porta, dst) >= 0

@@ -1,0 +1,135 @@
+"""A packet for the guest behind a port: whole, or cut into its segments where that one takes no such.
+
+Only what is cut is copied to private memory as a whole, and each segment then goes as a packet of its own. As many as
+the receiver has room for: the others are lost, as they are behind any switch whose next hop is full.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pvdrivers.worker.marks import ring_at, stats_at
+from rings.atomics import copy_bytes, i64, load8
+from rings.frame import headers
+from rings.jit import inline, kernel
+
+from .cut import count_segments, header_size, put_segment
+from .deliver import flush, pages_of, to_guest
+from .multicast import wants
+from .records import (
+    ACCEPTS_CSUM4,
+    ACCEPTS_CSUM6,
+    ACCEPTS_SG,
+    CSUM_BLANK,
+    CSUM_VALID,
+    CUT_BYTES,
+    FRAGMENT_AT,
+    N_CUT,
+    N_DOWN,
+    N_FILTERED,
+    N_TOO_LARGE,
+    N_UNSUPPORTED,
+    packet_at,
+    port_at,
+    switch_at,
+)
+
+_LINE = 64
+
+
+@inline
+def _takes_blank(packet: Any, accepts: int) -> bool:
+    return accepts & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) != 0
+
+
+@inline
+def takes_whole(packet: Any, accepts: int, headroom: int) -> bool:
+    """Whether a receiver takes a packet with all of its segments. What is of one segment is not asked about here."""
+    if packet["gso_size"] == 0:
+        return True
+    if accepts & (8 << packet["gso_type"]) == 0 or not _takes_blank(packet, accepts):
+        return False
+    return pages_of(packet, headroom) == 1 or accepts & ACCEPTS_SG != 0
+
+
+@kernel
+def _count(porta: int, kind: int) -> None:
+    port = port_at(porta)
+    if port["n_out"] != 0:
+        stats_at(ring_at(port["out"][0])["stats"])["kinds"][kind] += 1
+
+
+@kernel
+def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
+    """Send the segments of a packet, if all its bytes are private."""
+    sw = switch_at(swa)
+    packet = packet_at(pa)
+    data, size, gso_size = packet["data"], packet["size"], packet["gso_size"]
+    found = headers(data, packet["have"])
+    header = header_size(data, packet["have"], found, packet["gso_type"])
+    # Not all bytes are private where the receiver has asked for more headroom since its wishes were noted.
+    if header == 0 or packet["have"] < size:
+        _count(porta, N_UNSUPPORTED)
+        return
+    blank = _takes_blank(packet, port_at(porta)["accepts"])
+    # All that is known of the packet, of its segments too; but for where their bytes are.
+    copy_bytes(sw["parcel"], pa, FRAGMENT_AT)
+    parcel = packet_at(sw["parcel"])
+    parcel["gso_size"], parcel["gso_type"], parcel["fragments"] = 0, 0, 0
+    parcel["csum"] = CSUM_BLANK if blank else CSUM_VALID
+    sent = i64(1)
+    k = i64(0)
+    while k < count_segments(size, header, gso_size) and sent != 0:
+        if sw["cut_at"] + min(header + gso_size, size) > CUT_BYTES:
+            flush(wa, swa)
+        out = sw["cuts"] + sw["cut_at"]
+        n = i64(put_segment(out, data, size, found, header, gso_size, k, 1 if blank else 0))
+        parcel["data"], parcel["size"], parcel["have"] = out, n, n
+        sent = i64(to_guest(wa, swa, sw["parcel"], porta))
+        sw["cut_at"] = out - sw["cuts"] + ((n + _LINE - 1) & ~(_LINE - 1))  # behind it, even if that has flushed
+        k += 1
+    _count(porta, N_CUT)
+
+
+@kernel
+def fits(pa: int, porta: int) -> bool:
+    """Whether a packet is not larger than the MTU of the vif behind a port. One of segments is not asked about, and
+    tags do not count."""
+    packet = packet_at(pa)
+    most = port_at(porta)["most"]
+    if most == 0 or packet["size"] <= most or packet["gso_size"] != 0:
+        return True
+    at = packet["data"] + 12
+    for _ in range(2):
+        first, second = i64(load8(at)), i64(load8(at + 1))
+        if (first == 0x81 and second == 0) or (first == 0x88 and second == 0xA8):
+            most += 4
+            at += 4
+    return packet["size"] <= most
+
+
+@kernel
+def may_leave(pa: int, porta: int, stats: int) -> bool:
+    """Whether a packet is sent on that comes from the vif behind a port; if not, it is counted there."""
+    if port_at(porta)["down"] != 0:
+        stats_at(stats)["kinds"][N_DOWN] += 1
+        return False
+    if not fits(pa, porta):
+        stats_at(stats)["kinds"][N_TOO_LARGE] += 1
+        return False
+    return True
+
+
+@kernel
+def to_vif(wa: int, swa: int, pa: int, porta: int) -> None:
+    """Have the guest behind a port get a packet, as it can take it."""
+    if port_at(porta)["down"] != 0:
+        _count(porta, N_DOWN)
+    elif not wants(porta, packet_at(pa)["dst"]):
+        _count(porta, N_FILTERED)
+    elif not fits(pa, porta):
+        _count(porta, N_TOO_LARGE)
+    elif takes_whole(packet_at(pa), port_at(porta)["accepts"], port_at(porta)["headroom"]):
+        to_guest(wa, swa, pa, porta)
+    else:
+        _cut(wa, swa, pa, porta)

@@ -1,0 +1,137 @@
+"""The rate of a vif: by a clock of the test's own; and by a daemon, with bytes counted over the time that passed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from netback.limit import charge, end_turn, has_credit, may_begin
+from netback.records import LIMIT
+from pvdrivers.cli.stats import snapshot
+from pvdrivers.frontends.netfront import Frame
+from pvdrivers.worker.records import RING, WORKER
+from rings.jit import kernel
+
+from .conftest import Guest, until
+
+
+@kernel
+def _visit(wa: int, la: int, queue: int, ra: int, size: int, count: int) -> int:
+    """What step_tx does, with `count` packets of a size: how many went."""
+    if not may_begin(wa, la, queue, ra):
+        return 0
+    sent = 0
+    while sent < min(count, 32) and has_credit(la):
+        charge(la, queue, size)
+        sent += 1
+    end_turn(la, queue, 1 if count > sent else 0)
+    return sent
+
+
+@pytest.mark.parametrize("rate", [2e3, 1e6, 125e6, 5e9])
+@pytest.mark.parametrize("sizes", [(1500,), (64, 1500, 9000, 65535), (1000, 1000, 1000, 1000)])
+def test_over_time_it_is_the_rate_and_each_queue_has_its_share(rate: float, sizes: tuple[int, ...]) -> None:
+    """A worker that goes round until nothing may pass, sleeps as it is told to, and sometimes longer."""
+    worker, limit, rings = np.zeros(1, WORKER), np.zeros(1, LIMIT), np.zeros(len(sizes), RING)
+    w, wa, la = worker[0], worker.ctypes.data, limit.ctypes.data
+    w["rings"], w["top_ring"], w["max_rings"] = rings.ctypes.data, len(sizes), len(sizes)
+    burst = max(131072.0, rate / 50)
+    limit[0]["rate"], limit[0]["burst"] = rate / 1e9, burst
+    begin = w["now"] = 10**9
+    sent = np.zeros(len(sizes))
+    rng = np.random.default_rng(1)
+    for turn in range(2000):
+        before = -1.0
+        while before != sent.sum():
+            before = sent.sum()
+            for queue, size in enumerate(sizes):
+                ra = rings.ctypes.data + queue * RING.itemsize
+                sent[queue] += int(_visit(wa, la, queue, ra, size, 1000)) * size
+        w["now"] = max(int(w["now"]) + 1000, int(w["wake_at"]))
+        if turn % 100 == 0:
+            w["now"] += rng.integers(0, 3_000_000)
+        rings["wake_at"], w["wake_at"] = 0, 0
+        most = (int(w["now"]) - begin) / 1e9 * rate + burst + max(sizes)
+        assert sent.sum() <= most
+    passed = (int(w["now"]) - begin) / 1e9
+    assert sent.sum() >= passed * rate * 0.98
+    if sent.sum() > 3 * burst:
+        shares = sent / sent.sum()
+        assert shares.min() > 0.8 / len(sizes), shares
+
+
+def test_no_rate_is_no_limit() -> None:
+    worker, limit, ring = np.zeros(1, WORKER), np.zeros(1, LIMIT), np.zeros(1, RING)
+    for _ in range(100):
+        assert _visit(worker.ctypes.data, limit.ctypes.data, 0, ring.ctypes.data, 65535, 32) == 32
+
+
+def flow(guest: Guest, to: Guest, port: int, size: int) -> bytes:
+    """An IPv4 packet with UDP; its port says which queue it is in."""
+    ip = bytes([0x45, 0]) + (size - 14).to_bytes(2, "big") + bytes([0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2])
+    return guest.frame(to, (ip + port.to_bytes(2, "big")).ljust(size - 14, b"\0"), 0x800)
+
+
+def counted(guest: Guest, what: str) -> int:
+    return sum(q[what] for d in snapshot(guest.net.run_dir) if d["device"] == guest.name for q in d["queues"])
+
+
+def measured(guest: Guest, what: str, rate: float, seconds: float) -> float:
+    """Bytes a second over some seconds, as a part of what was asked. The median of many ends, as each may be late."""
+    begin, before = time.monotonic(), counted(guest, what)
+    found = []
+    while (passed := time.monotonic() - begin) < seconds:
+        time.sleep(0.02)
+        if passed > seconds * 0.8:
+            found.append((counted(guest, what) - before) / (time.monotonic() - begin) / rate)
+    return sorted(found)[len(found) // 2]
+
+
+@pytest.mark.jit_only("a real daemon serves")
+@pytest.mark.parametrize("direction", ["from the guest", "to the guest"])
+def test_the_rate_of_a_vif_with_four_queues(net: Any, direction: str) -> None:
+    """Linux gives each queue the whole rate, and limits one direction. And it changes while packets go."""
+    rate = 4_000_000
+    limited = {"queues": 4, "be": {"rate": f"{rate},1000000"}}
+    a, b = net.guest(**(limited if "from" in direction else {"queues": 4})), net.guest(queues=4)
+    if "to" in direction:
+        b = net.guest(**limited)
+    guest, what = (a, "bytes_read") if "from" in direction else (b, "bytes_written")
+    over = threading.Event()
+    packets = [[Frame(flow(a, b, 1000 + 4 * k + q, 9000)) for k in range(16)] for q in range(4)]
+
+    def send(queue: int) -> None:
+        while not over.is_set():
+            try:
+                a.vif.send_all(packets[queue], timeout=0.2, queue=queue)
+            except TimeoutError:
+                pass
+            time.sleep(0.02)
+
+    def receive(queue: int) -> None:
+        while not over.is_set():
+            try:
+                b.vif.receive_all(64, 0.2, queue=queue)
+            except TimeoutError:
+                pass
+
+    threads = [threading.Thread(target=call, args=(q,)) for q in range(4) for call in (send, receive)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: counted(guest, what) > rate * 1.5)  # what it had saved up is gone
+        assert measured(guest, what, rate, 4) == pytest.approx(1, abs=0.02)
+        net.dom0.store.write(f"{guest.backend}/rate", f"{rate // 2},1000000")
+        time.sleep(0.3)
+        assert measured(guest, what, rate / 2, 3) == pytest.approx(1, abs=0.05)
+        net.dom0.store.rm(f"{guest.backend}/rate")
+        before = counted(guest, what)
+        until(lambda: counted(guest, what) - before > rate * 2)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
