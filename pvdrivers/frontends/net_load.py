@@ -115,7 +115,7 @@ class _Lane:
             row["pages"], row["grefs"] = buffer.address, buffer.frames_at(0)
         self.fill()
         # All slots have been given out, with netfront's own pages: these are used up first.
-        first = int(queue.record[0]["pages"]) + SLOTS * _PAGE
+        first = int(queue.record[0]["rx_pages"])
         self.at = first + np.arange(SLOTS, dtype=np.int64) * _PAGE
         self.receiver[0]["at"] = self.at.ctypes.data
 

@@ -57,7 +57,7 @@ def test_what_is_on_the_ring_is_what_linux_writes(net: Any, wishes: Wishes) -> N
     frame = Frame(a.frame(b, os.urandom(5000), 0x800), CSUM_BLANK, 1448, 1, netif.HASH_IPV4, 0x01020304)
     before = b.counted("received")
     queue = b.vif.queues[0]
-    pages = int(queue.record[0]["pages"]) + 256 * 4096
+    pages = int(queue.record[0]["rx_pages"])
     first = int(queue._keep["rx_end"][0]["cons"]) & 255
     ctypes.memset(pages + first * 4096, 0xEE, 4096)
     a.vif.send_all([frame])

@@ -57,7 +57,7 @@ def page_of(guest: Guest, data: bytes) -> tuple[int, int]:
     q["free_n"] -= 1
     page = int(queue._keep["free"][int(q["free_n"])])
     queue._keep["in_flight"][page] = 1
-    ctypes.memmove(int(q["pages"]) + page * 4096, data, len(data))
+    ctypes.memmove(int(q["tx_pages"]) + page * 4096, data, len(data))
     return int(queue._keep["grefs"][page]), page
 
 

@@ -33,7 +33,7 @@ def test_xsa_155_headers_and_requests_that_change_while_they_are_read(net: Any) 
     over = threading.Event()
     frames = [liar.frame(to, bytes(to.mac) * 100) for to in (b, c)]
     gref, id = page_of(liar, frames[0])
-    at = int(queue.record[0]["pages"]) + id * 4096
+    at = int(queue.record[0]["tx_pages"]) + id * 4096
     size_at = int(queue._keep["tx_end"][0]["slots"]) + 8 + 2
 
     def flip() -> None:
@@ -135,7 +135,7 @@ def test_xsa_403_a_granted_page_holds_nothing_but_its_packet(net: Any) -> None:
         a.vif.send(a.frame(b, os.urandom(size - 14)))
         assert len(b.vif.receive(5)) == size
     q = queue.record[0]
-    pages = [ctypes.string_at(int(q["pages"]) + k * 4096, 4096) for k in range(256)]
+    pages = [ctypes.string_at(int(q["tx_pages"]) + k * 4096, 4096) for k in range(256)]
     used = [one for one in pages if one.strip(b"\0")]
     assert used and all(one.startswith(b.mac + a.mac) for one in used)
     last = max(len(one.rstrip(b"\0")) for one in used if len(one.rstrip(b"\0")) <= 3000)

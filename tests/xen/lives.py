@@ -60,7 +60,7 @@ def yard(top: Path) -> Iterator[Yard]:
         made = Yard(serve, relay, neighbour, load)
         yield made
         made.check_unnoticed()
-        assert load.stop() > 1
+        assert load.stop() >= 1  # rounds, each read back: few on a slow machine
         domid = neighbour.domid
         neighbour.destroy()
         made.check_gone(domid)
