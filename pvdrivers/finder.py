@@ -121,11 +121,12 @@ class Finder:
                     raise
                 log.debug("%s: %s", life.ident, e)  # then it holds from the next connection on
 
-    def unwatch_front(self, ident: DeviceId) -> None:
+    def unwatch_front(self, life: Life) -> None:
         """Hear no more of it."""
+        ident = life.ident
         if self.unwatched.pop(key_of(ident), None) is None:
             self._host.store.unwatch(ident.frontend_path + "/state", f"front {ident}")
-            for key in self.classes[ident.class_name].live_keys:
+            for key in life.device.live_keys:
                 self._unwatch_live(ident, key)
 
     def _unwatch_live(self, ident: DeviceId, key: str) -> None:

@@ -218,7 +218,7 @@ class Host:
         return self._timers.later(seconds, call)
 
     def pause(self, life: Life) -> None:
-        self.finder.unwatch_front(life.ident)
+        self.finder.unwatch_front(life)
 
     def resume(self, life: Life) -> None:
         self.finder.watch_front(life)
@@ -238,7 +238,7 @@ class Host:
     def unwatch(self, life: Life) -> None:
         """Nothing is to be heard of its frontend."""
         try:
-            self.finder.unwatch_front(life.ident)
+            self.finder.unwatch_front(life)
         except OSError as e:
             log.debug("%s: %s", life.ident, e)  # not watched while it was paused, or the store is lost
 
