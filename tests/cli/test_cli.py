@@ -119,7 +119,7 @@ def test_serve_options() -> None:
         ("guest", "name a disk with --disk, or a vif with --net"),
         ("guest --net switch:,tap=", "tap='' is no name of an interface"),
         ("guest --net switch:,mtu=0", "mtu='0' is no number from 1"),
-        ("guest --net switch:,speed=9", "'speed' is not one of hash, mac, mtu, queues, tap"),
+        ("guest --net switch:,speed=9", "'speed' is not one of csum, gso, hash, mac, mtu, queues, sg, tap"),
     ],
 )
 def test_a_guest_that_makes_no_sense(line: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
