@@ -109,7 +109,8 @@ def test_elsewhere_and_nobody(net: Any) -> None:
     with generator(a) as load:
         sent = load.run(NetPlan([(0, -1)], to=b.mac.hex(":"), seconds=0.1)).sent
         assert sent > 256
-    assert b.counted("received") >= 256 and b.counted("received") + b.counted("dropped") == a.counted("sent")
+    waiting = a.counted("sent") - b.counted("received") - b.counted("dropped")
+    assert b.counted("received") >= 256 and 0 <= waiting <= 8192  # in half a ring of pages
     with generator(c) as load:
         result = load.run(NetPlan([(0, -1)], seconds=0.1))
         assert result.received == 0 and result.sent >= result.answered > 256
