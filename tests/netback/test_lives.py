@@ -139,7 +139,7 @@ def own(tmp_path: Path) -> Iterator[Net]:
             for one in daemons.running(tmp_path / "run"):
                 subprocess.run(["kill", str(one.pid)], check=False)
             until(lambda: not daemons.running(tmp_path / "run"), 30)
-            daemon.popen.wait(20)
+            daemon._ended()
             xen.terminate()
 
 
