@@ -34,7 +34,7 @@ def _processes(word: str) -> list[int]:
 
 
 def test_demo(tmp_path: Path) -> None:
-    done = subprocess.run(DEMO, env=_environment(tmp_path), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(DEMO, env=_environment(tmp_path), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("every byte was right")
@@ -50,7 +50,7 @@ def test_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_over_a_killed_backend(tmp_path: Path) -> None:
-    done = subprocess.run([*DEMO, "--kill"], env=_environment(tmp_path), capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*DEMO, "--kill"], env=_environment(tmp_path), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is killed, and started again" in done.stdout
     assert "MB/s: every byte compared" in done.stdout, "the network goes on, too"
@@ -84,7 +84,7 @@ def test_demo_keeps_what_is_on_a_disk(tmp_path: Path) -> None:
     assert "--overwrite" in done.stderr
     assert image.read_bytes() == before
     command = [*DEMO[:4], "--seconds", "1", "--disk", str(image), "--overwrite"]
-    done = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert image.stat().st_size == len(before)
     assert b"precious" not in image.read_bytes()
