@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml requirements/constraints.txt .ci/setup
 demo: setup ## run the main job: a guest's disk and two guests' network, every byte verified (ARGS=...)
 	@$(BIN)/pvdrivers demo $(ARGS)
 
-test: setup lint-tools test-nojit test-boundscheck ## check the code and run the tests, in under five minutes
+test: setup lint-tools test-nojit test-boundscheck warm ## check the code and run the tests, in under five minutes
 	@echo "test: the suite without what is marked slow"
 	@$(PYTEST) $(SAME) -m "not slow" $(ARGS)
 
