@@ -59,10 +59,7 @@ from rings.netif import (
     GREF,
     HASH_ALGORITHM_NONE,
     HASH_ALGORITHM_TOEPLITZ,
-    HASH_IPV4,
-    HASH_IPV4_TCP,
-    HASH_IPV6,
-    HASH_IPV6_TCP,
+    HASH_ALL,
     GREF_readonly,
 )
 
@@ -86,7 +83,6 @@ from .control_records import (
 from .hashing import make_table
 from .staging import STAGE_SIZE, find, insert, remove, stage_at, staged_at
 
-ALL_TYPES = HASH_IPV4 | HASH_IPV4_TCP | HASH_IPV6 | HASH_IPV6_TCP
 _ENTRY = 4
 _GREF_SIZE = GREF.itemsize
 _SCRATCH_AT = 4096 - MOST_HASHED  # of the payload, which is a key of MOST_KEY bytes then
@@ -143,7 +139,7 @@ def _set_algorithm(ca: int, algorithm: int) -> None:
 
 @kernel
 def _set_types(ca: int, types: int) -> None:
-    if types & ~ALL_TYPES != 0 or hash_at(current(control_at(ca)["hashes"]))["algorithm"] == HASH_ALGORITHM_NONE:
+    if types & ~HASH_ALL != 0 or hash_at(current(control_at(ca)["hashes"]))["algorithm"] == HASH_ALGORITHM_NONE:
         _answer(ca, CTRL_INVALID_PARAMETER, 0)
         return
     hash_at(_change(ca))["types"] = types
@@ -258,7 +254,7 @@ def look(ca: int) -> None:
         if h["algorithm"] == HASH_ALGORITHM_NONE:
             _answer(ca, CTRL_NOT_SUPPORTED, 0)
         else:
-            _answer(ca, CTRL_SUCCESS, ALL_TYPES)
+            _answer(ca, CTRL_SUCCESS, HASH_ALL)
     elif kind == CTRL_SET_HASH_FLAGS:
         _set_types(ca, _word(ca, 0))
     elif kind == CTRL_SET_HASH_KEY:

@@ -21,12 +21,10 @@ _VERSION = 1
 
 
 class HashFile:
-    """HASHES of one vif: `address`. Zeroed, or as a process before this one has left it: `found`."""
+    """HASHES of one vif: `address`. Zeroed, or as a process before this one has left it."""
 
     def __init__(self, path: Path, incarnation: str, *, recover: bool) -> None:
         """`incarnation` is whose it is: a file of another one is not looked into. Raises PvError without room."""
-        self.path = path
-        self.found = False
         tag = f"pvdrivers hash {_VERSION} {HASHES.itemsize} {incarnation}".encode().ljust(_HEADER, b"\0")
         size = _HEADER + HASHES.itemsize
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -34,8 +32,8 @@ class HashFile:
         try:
             fd = os.open(path, flags, 0o600)
             try:
-                self.found = recover and os.pread(fd, _HEADER, 0) == tag and os.fstat(fd).st_size == size
-                if not self.found:
+                found = recover and os.pread(fd, _HEADER, 0) == tag and os.fstat(fd).st_size == size
+                if not found:
                     os.ftruncate(fd, 0)
                 os.posix_fallocate(fd, 0, size)  # a full tmpfs is an error here, a SIGBUS later
                 self._map = mmap.mmap(fd, size)
@@ -46,7 +44,3 @@ class HashFile:
         self._map[:_HEADER] = tag
         self._bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self._bytes.ctypes.data) + _HEADER
-
-    def remove(self) -> None:
-        """The guest sets it anew when it connects again."""
-        self.path.unlink(missing_ok=True)

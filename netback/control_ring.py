@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from pvdrivers.platform import OP_READONLY, OP_TO_GUEST
 from pvdrivers.worker.batch import map_batch, op_at, seam_of, unmap_batch
-from pvdrivers.worker.marks import mark_dead, mark_due, ring_at, stats_at, worker_at
-from pvdrivers.worker.records import V_OVERFLOW
+from pvdrivers.worker.marks import mark_due, ring_at, stats_at, worker_at
 from rings.atomics import call, i64, records
 from rings.jit import kernel, seam_function
 from rings.netif import CTRL_RESPONSE, CTRL_SUCCESS, GREF, GREF_readonly
-from rings.ring import CORRUPT, RING_END, advance, available, copy_message, put_part
+from rings.ring import RING_END, advance, copy_message, put_part
 
 from .control import conclude, look, mapped, request_at, stored
 from .control_records import DO_FETCH, DO_MAP, DO_STORE, control_at
-from .records import port_at
+from .queue import to_serve
 from .staging import stage_at
 
 MOST = 4
@@ -95,13 +94,7 @@ def step_control(wa: int, ra: int, budget: int, abandoned: int) -> int:
     ring = ring_at(ra)
     if abandoned != 0:
         return 0
-    ring["blocked"] = port_at(ring["device"])["handed_over"]  # then what is on the ring is for the next process
-    if ring["blocked"] != 0:
-        return 0
-    n = available(ring["end"])
-    if n == CORRUPT:
-        mark_dead(ra, V_OVERFLOW)
-        return 0
+    n = i64(to_serve(ra))
     for _ in range(min(n, MOST)):
         copy_message(ring["end"], records(ring["end"], 1, RING_END)[0]["cons"], control_at(ring["priv"])["request"])
         advance(ring["end"], 1)

@@ -32,6 +32,7 @@ from rings.netif import (
     put_rx_response,
 )
 from rings.ring import CORRUPT, RING_END, available, slot
+from rings.vnet import CSUM_BLANK, CSUM_NONE
 
 from .captured import capture_received
 from .extras import count_extras, put_extras
@@ -42,8 +43,6 @@ from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
     ACCEPTS_SG,
-    CSUM_BLANK,
-    CSUM_NONE,
     MAX_DELIVERIES,
     MAX_SLOTS,
     MOST_BYTES,
@@ -230,15 +229,19 @@ def _fill_pages(wa: int, swa: int, pa: int, ra: int, headroom: int, extras: int)
 
 
 @inline
+def takes_blank(packet: Any, accepts: int) -> bool:
+    """Whether a receiver takes a packet of this kind with a blank checksum."""
+    return accepts & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) != 0
+
+
+@inline
 def accepted(packet: Any, accepts: int, pages: int) -> bool:
     """Whether a receiver takes packets of this kind, which would fill so many pages."""
     if pages > 1 and accepts & ACCEPTS_SG == 0:
         return False
     if packet["gso_size"] != 0 and accepts & (8 << packet["gso_type"]) == 0:
         return False
-    if packet["csum"] == CSUM_BLANK:
-        return accepts & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) != 0
-    return True
+    return packet["csum"] != CSUM_BLANK or takes_blank(packet, accepts)
 
 
 @inline

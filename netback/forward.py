@@ -15,16 +15,14 @@ from pvdrivers.worker.marks import stats_at, worker_at
 from rings.atomics import call, i64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
+from rings.vnet import CSUM_BLANK
 
-from .deliver import begin, flush
+from .deliver import begin, flush, takes_blank
 from .frame import fill_checksum, parse
 from .gather import gather
 from .port_out import to_port
 from .receive import may_leave, takes_whole, to_vif
 from .records import (
-    ACCEPTS_CSUM4,
-    ACCEPTS_CSUM6,
-    CSUM_BLANK,
     N_NOBODY,
     N_SPOOFED,
     P_SEND,
@@ -86,7 +84,7 @@ def _note_wishes(pa: int, porta: int) -> None:
     packet = packet_at(pa)
     port = port_at(porta)
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
-        if port["accepts"] & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) == 0:
+        if not takes_blank(packet, port["accepts"]):
             packet["fill"] = 1
     whole = port["kind"] == PORT_VIF and takes_whole(packet, port["accepts"], port["headroom"])
     if not whole or packet["fill"] != 0 or port["capture"] != 0:
@@ -209,6 +207,4 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
             _each(wa, swa, porta, pa, 1)
     if switch_at(swa)["vlans"] != 0:
         _send_retagged(wa, swa, porta, n)
-    for k in range(n):
-        packet_at(packet_of(swa, k))["said"] = 0  # of the next packet in its place nobody may have said anything
     flush(wa, swa)

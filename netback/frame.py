@@ -10,8 +10,9 @@ import numpy as np
 from rings.atomics import i64, load8, load16, load32, store16
 from rings.frame import checksum_at, headers, ip_at, l4_at, version_of
 from rings.jit import inline, kernel
+from rings.vnet import CSUM_VALID
 
-from .records import CSUM_VALID, packet_at
+from .records import packet_at
 
 
 @inline

@@ -26,27 +26,14 @@ from rings.netif import (
     put_tx_response,
 )
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, slot
+from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 
 from .captured import capture_sent
 from .drain import drain
 from .forward import fetch, forward, packet_of
 from .limit import charge, end_turn, has_credit, may_begin
 from .multicast import amend
-from .records import (
-    BATCH,
-    CSUM_BLANK,
-    CSUM_NONE,
-    CSUM_VALID,
-    HEAD,
-    N_REFUSED,
-    N_SENT,
-    P_CONTROL,
-    P_FATAL,
-    P_SEND,
-    packet_at,
-    port_at,
-    switch_at,
-)
+from .records import BATCH, HEAD, N_REFUSED, N_SENT, P_CONTROL, P_FATAL, P_SEND, packet_at, port_at, switch_at
 from .request import plan
 from .table import join
 from .waiting import rx_queue_at
@@ -109,6 +96,20 @@ def _publish(wa: int, ra: int) -> None:
         stats_at(ring["stats"])["notify_saved"] += 1
 
 
+@inline
+def to_serve(ra: int) -> int:
+    """How many requests are on a ring of a vif; -1 if none is to be served, as the process ends or the ring is dead."""
+    ring = ring_at(ra)
+    ring["blocked"] = port_at(ring["device"])["handed_over"]  # then what is on the ring is for the next process
+    if ring["blocked"] != 0:
+        return i64(-1)
+    n = available(ring["end"])
+    if n == CORRUPT:
+        mark_dead(ra, V_OVERFLOW)
+        return i64(-1)
+    return n
+
+
 @seam_function
 def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     """RING.step of a tx ring. 1 if more may be pending."""
@@ -117,12 +118,8 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     port = port_at(porta)
     if abandoned != 0:
         return 0
-    ring["blocked"] = port["handed_over"]  # then what is on the ring is for the next process
-    if ring["blocked"] != 0:
-        return 0
-    n = available(ring["end"])
-    if n == CORRUPT:
-        mark_dead(ra, V_OVERFLOW)
+    n = i64(to_serve(ra))
+    if n < 0:
         return 0
     q = rx_queue_at(ring["priv"])
     if q["lacking"] != 0:

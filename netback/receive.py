@@ -12,16 +12,13 @@ from pvdrivers.worker.marks import ring_at, stats_at
 from rings.atomics import copy_bytes, i64, load8
 from rings.frame import headers
 from rings.jit import inline, kernel
+from rings.vnet import CSUM_BLANK, CSUM_VALID
 
 from .cut import count_segments, header_size, put_segment
-from .deliver import flush, pages_of, to_guest
+from .deliver import flush, pages_of, takes_blank, to_guest
 from .multicast import wants
 from .records import (
-    ACCEPTS_CSUM4,
-    ACCEPTS_CSUM6,
     ACCEPTS_SG,
-    CSUM_BLANK,
-    CSUM_VALID,
     CUT_BYTES,
     FRAGMENT_AT,
     N_CUT,
@@ -38,16 +35,11 @@ _LINE = 64
 
 
 @inline
-def _takes_blank(packet: Any, accepts: int) -> bool:
-    return accepts & (ACCEPTS_CSUM6 if packet["l3"] == 6 else ACCEPTS_CSUM4) != 0
-
-
-@inline
 def takes_whole(packet: Any, accepts: int, headroom: int) -> bool:
     """Whether a receiver takes a packet with all of its segments. What is of one segment is not asked about here."""
     if packet["gso_size"] == 0:
         return True
-    if accepts & (8 << packet["gso_type"]) == 0 or not _takes_blank(packet, accepts):
+    if accepts & (8 << packet["gso_type"]) == 0 or not takes_blank(packet, accepts):
         return False
     return pages_of(packet, headroom) == 1 or accepts & ACCEPTS_SG != 0
 
@@ -71,7 +63,7 @@ def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
     if header == 0 or packet["have"] < size:
         _count(porta, N_UNSUPPORTED)
         return
-    blank = _takes_blank(packet, port_at(porta)["accepts"])
+    blank = takes_blank(packet, port_at(porta)["accepts"])
     # All that is known of the packet, of its segments too; but for where their bytes are.
     copy_bytes(sw["parcel"], pa, FRAGMENT_AT)
     parcel = packet_at(sw["parcel"])

@@ -62,7 +62,7 @@ PACKET = np.dtype(
         ("last_op", "i8"),  # where its copies end in the batch that fetches them
         ("fill", "i8"),  # a receiver wants its checksum complete
         ("at", "i8"),  # its first slot, of those that this pass has copied
-        ("csum", "i8"),  # CSUM_*
+        ("csum", "i8"),  # CSUM_*, of rings.vnet
         ("src", "i8"),  # addresses, first byte lowest
         ("dst", "i8"),
         ("l3", "i8"),  # 4 or 6, 0 if it is neither
@@ -80,8 +80,6 @@ PACKET = np.dtype(
     ],
     align=True,
 )
-CSUM_NONE, CSUM_VALID, CSUM_BLANK = range(3)
-"""PACKET.csum: nothing is known of its checksum; it has been looked at; only that of the pseudo-header is there."""
 TO_ALL, TO_NOBODY = -1, -2
 FRAGMENT_AT: int = PACKET.fields["fragment"][1]  # type: ignore[index]
 

@@ -29,7 +29,8 @@ from pvdrivers.errors import ConfigError
 from pvdrivers.platform import Platform
 from pvdrivers.xenbus import XenbusState
 from rings.jit import compile_for
-from rings.netif import KEY_REQUEST_XDP_HEADROOM
+from rings.netif import HASH_ALL, KEY_REQUEST_XDP_HEADROOM
+from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 
 from . import netfront_groups_kernels
 from . import netfront_kernels as kernels
@@ -38,9 +39,9 @@ from .front import Frontend
 from .netfront_control import ControlRing
 from .netfront_control import warm as warm_control
 from .netfront_groups import Groups
-from .netfront_hash import ALL_TYPES, Hash, apply
+from .netfront_hash import Hash, apply
 from .netfront_queue import Queue
-from .netfront_records import BUFFER, CSUM_BLANK, CSUM_NONE, CSUM_VALID, FRAME, MOST_BYTES, RX, TX
+from .netfront_records import BUFFER, FRAME, MOST_BYTES, RX, TX
 from .netfront_staging import stage
 from .watches import Watches
 
@@ -205,7 +206,7 @@ class Netfront(Frontend):
     # The control ring
 
     def set_hash(
-        self, key: bytes, *, types: int = ALL_TYPES, mapping: Sequence[int] = (), timeout: float = 5.0
+        self, key: bytes, *, types: int = HASH_ALL, mapping: Sequence[int] = (), timeout: float = 5.0
     ) -> None:
         """Have the backend choose the queue of each packet by its Toeplitz hash, and tell it with the packet.
 

@@ -16,17 +16,13 @@ from rings.netif import (
     CTRL_SET_HASH_MAPPING_SIZE,
     HASH_ALGORITHM_NONE,
     HASH_ALGORITHM_TOEPLITZ,
-    HASH_IPV4,
-    HASH_IPV4_TCP,
-    HASH_IPV6,
-    HASH_IPV6_TCP,
+    HASH_ALL,
 )
 
 from .netfront_control import ControlRing
 
-__all__ = ["ALL_TYPES", "Hash"]
+__all__ = ["Hash"]
 
-ALL_TYPES = HASH_IPV4 | HASH_IPV4_TCP | HASH_IPV6 | HASH_IPV6_TCP
 _PAGE_ENTRIES = 1024
 
 
@@ -38,7 +34,7 @@ class Hash:
     """
 
     key: bytes
-    types: int = ALL_TYPES
+    types: int = HASH_ALL
     mapping: Sequence[int] = ()
 
 

@@ -55,12 +55,10 @@ from rings.netif import (
     known_hash,
 )
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, final_check, push, room, slot
+from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 
 from .netfront_records import (
     BUFFER,
-    CSUM_BLANK,
-    CSUM_NONE,
-    CSUM_VALID,
     FRAME,
     MOST_BYTES,
     NO_ROOM,

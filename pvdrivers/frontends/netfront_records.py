@@ -11,13 +11,10 @@ MOST_BYTES = 65535
 BUFFER = 65536
 """Bytes between the packets of an array."""
 
-CSUM_NONE, CSUM_VALID, CSUM_BLANK = range(3)
-"""What is known of a packet's checksum: nothing; that it is right; that only the pseudo-header's sum is there."""
-
 FRAME = np.dtype(
     [
         ("size", "i8"),
-        ("csum", "i8"),  # CSUM_*
+        ("csum", "i8"),  # CSUM_*, of rings.vnet
         ("gso_size", "i8"),  # bytes of a segment, 0: it is one packet
         ("gso_type", "i8"),  # netif.GSO_*
         ("hash_type", "i8"),  # netif.HASH_*, 0: nothing is said of a hash

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netback.frame import fill_checksum, ones_sum, parse
-from netback.records import CSUM_VALID, PACKET
+from netback.records import PACKET
+from rings.vnet import CSUM_VALID
 
 
 def parsed(frame: bytes, have: int | None = None) -> np.void:

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.records import CSUM_VALID, PACKET, RX_QUEUE
+from netback.records import PACKET, RX_QUEUE
 from netback.waiting import HEAD_BYTES, WAIT_BYTES, first_of, following, keep, let_go
 from pvdrivers.frontends.netfront_keys import Wishes
 from rings import netif
 from rings.jit import kernel
+from rings.vnet import CSUM_VALID
 
 from .conftest import Guest, until
 from .test_switch import nothing_came
