@@ -7,21 +7,11 @@ from dataclasses import dataclass, field
 
 from rings import netif
 from rings.netif import HASH_IPV4, HASH_IPV4_TCP, HASH_IPV6, HASH_IPV6_TCP
+from tests.rings.naive_toeplitz import toeplitz
 
 ALL = HASH_IPV4 | HASH_IPV4_TCP | HASH_IPV6 | HASH_IPV6_TCP
 OKAY, NOT_SUPPORTED, INVALID, OVERFLOW = range(4)
 Answer = tuple[int, int]
-
-
-def toeplitz(key: bytes, data: bytes) -> int:
-    """As netif.h says it in words: both are shift registers."""
-    register = int.from_bytes(key.ljust(len(data) + 4, b"\0")[: len(data) + 4], "big")
-    bits = len(data) * 8
-    value = 0
-    for k in range(bits):
-        if data[k // 8] >> (7 - k % 8) & 1:
-            value ^= register >> (bits - k) & 0xFFFFFFFF
-    return value
 
 
 def mappable(gref: int) -> bool:

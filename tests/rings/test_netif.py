@@ -23,6 +23,7 @@ from tests.rings.headers import (
     seen_by_c,
     toeplitz_by_c,
 )
+from tests.rings.naive_toeplitz import toeplitz as naive_toeplitz
 
 STRUCTS = {
     "netif_tx_request": netif.TX_REQUEST,
@@ -117,17 +118,6 @@ def test_an_rx_response_is_eight_bytes(id: int, offset: int, flags: int, status:
     answer_rx(slot.address, id, offset, flags, status)
     slot.check()
     assert slot.bytes.tobytes() == struct.pack("<HHHh", id, offset, flags, status)
-
-
-def naive_toeplitz(key: bytes, data: bytes) -> int:
-    """As netif.h says it in words: both are shift registers."""
-    register = int.from_bytes(key.ljust(len(data) + 4, b"\0")[: len(data) + 4], "big")
-    bits = len(data) * 8
-    value = 0
-    for k in range(bits):
-        if data[k // 8] >> (7 - k % 8) & 1:
-            value ^= register >> (bits - k) & 0xFFFFFFFF
-    return value
 
 
 @given(st.binary(max_size=40), st.binary(max_size=36))
