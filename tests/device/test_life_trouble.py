@@ -214,7 +214,8 @@ def test_handing_over(bed: Bed) -> None:
     assert disk.calls == ["hand_over"], "the next process sees to it"
 
 
-def test_handing_over_while_something_is_under_way(bed: Bed) -> None:
+@pytest.mark.parametrize("away", [False, True], ids=["the store is there", "the store is away"])
+def test_handing_over_while_something_is_under_way(bed: Bed, away: bool) -> None:
     guest = bed.guest()
     guest.attach()
     life, disk = bed.life(guest)
@@ -224,19 +225,8 @@ def test_handing_over_while_something_is_under_way(bed: Bed) -> None:
     life.hand_over(lambda: done.append(1))
     assert done == []
     bed.control.hold = False
-    bed.control.work()
-    assert done == [1] and disk.calls == ["advertise", "hand_over"] and guest.state() == S.InitWait
-
-
-def test_handing_over_while_something_is_under_way_and_the_store_is_away(bed: Bed) -> None:
-    guest = bed.guest()
-    guest.attach()
-    life, disk = bed.life(guest)
-    bed.control.hold = True
-    life.look()
-    done: list[int] = []
-    life.hand_over(lambda: done.append(1))
-    bed.control.hold = False
-    bed.dom0.close()
+    if away:
+        bed.dom0.close()
     bed.control.work()
     assert done == [1] and disk.calls == ["advertise", "hand_over"]
+    assert away or guest.state() == S.InitWait
