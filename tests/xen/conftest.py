@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,14 @@ ON_XEN = os.path.exists("/dev/xen/gntdev") and os.path.isdir("/bed/guests")
 collect_ignore_glob = [] if ON_XEN else ["test_*.py"]
 
 if ON_XEN:
+    from pvdrivers.platform import open_platform
+
     from .guests import Guest
     from .serve import Serve
     from .stores import Stores
-    from .system import RESULTS, logs
+    from .system import RESULTS, logs, sh
+
+    GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -48,6 +53,15 @@ if ON_XEN:
         """The same for a guest that the tests of one file share."""
         with ExitStack() as stack:
             yield lambda *words, **more: stack.enter_context(Guest(*words, **more))
+
+    @pytest.fixture(scope="module")
+    def platform() -> Iterator[Any]:
+        """The real Xen as our frontends in dom0 see it, with room to grant all of their pages."""
+        sh("modprobe", "xen-gntalloc")
+        GNTALLOC_LIMIT.write_text("32768")
+        xen = open_platform("xen")
+        yield xen
+        xen.close()
 
     @pytest.fixture
     def serve() -> Iterator[Callable[..., Serve]]:

@@ -17,7 +17,6 @@ import pytest
 from pvdrivers import toolstack
 from pvdrivers.frontends.blkfront import Blkfront
 from pvdrivers.frontends.load import Load, Plan
-from pvdrivers.platform import open_platform
 
 from .serve import Serve
 from .stores import Stores
@@ -26,7 +25,6 @@ from .system import sh, until
 QEMU = "/usr/libexec/xen-qemu-system-i386"
 DEVICE = "xvdy"
 MIB = 32
-GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 
 OFFERS: dict[str, dict[str, Any]] = {
     "kernel": {"barrier": True, "persistent": True, "indirect": 256, "queues": 2, "discard": True},
@@ -34,15 +32,6 @@ OFFERS: dict[str, dict[str, Any]] = {
     "ours": {"barrier": True, "persistent": True, "indirect": 256, "queues": 4, "discard": True},
 }
 """What each offers for the same store, a loop device of dom0 (Linux 6.1, QEMU 7.2 as Debian 12 has them)."""
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Any]:
-    sh("modprobe", "xen-gntalloc")
-    GNTALLOC_LIMIT.write_text("32768")
-    xen = open_platform("xen")
-    yield xen
-    xen.close()
 
 
 def attach_kernel(store: Any, device: str, log: Path) -> tuple[str, Callable[[], None]]:

@@ -15,23 +15,13 @@ import numpy as np
 import pytest
 
 from pvdrivers.invoke import invoke
-from pvdrivers.platform import GRANT_OP, open_platform
+from pvdrivers.platform import GRANT_OP
 from pvdrivers.xen import grant_seam
 from pvdrivers.xen.grants import Context
 
-from .system import sh, until
+from .system import until
 
 BYTE = 100
-GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Any]:
-    sh("modprobe", "xen-gntalloc")
-    GNTALLOC_LIMIT.write_text("32768")
-    xen = open_platform("xen")
-    yield xen
-    xen.close()
 
 
 @pytest.fixture

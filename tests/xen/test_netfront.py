@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,22 +16,11 @@ import pytest
 from pvdrivers import toolstack
 from pvdrivers.frontends.netfront import Netfront
 from pvdrivers.frontends.netfront_tap import Tap
-from pvdrivers.platform import open_platform
 
 from .system import sh, until
 
-GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 MAC, DEVID, SPACE = "00:16:3e:00:00:77", 7, "front"
 THEIRS, OURS = "10.9.0.1", "10.9.0.2"
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Any]:
-    sh("modprobe", "xen-gntalloc")
-    GNTALLOC_LIMIT.write_text("32768")
-    xen = open_platform("xen")
-    yield xen
-    xen.close()
 
 
 @pytest.fixture(params=[1, 2], ids=["one queue", "two queues"])
