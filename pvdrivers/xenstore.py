@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from . import xs_wire as wire
+from .closing import Closing
 from .xs_domains import DomainRequests
 from .xs_wire import HEADER, PAYLOAD_MAX, XenStoreError
 
@@ -41,7 +42,7 @@ def _path(operation: str, path: str) -> bytes:
     return raw + b"\0"
 
 
-class XenStoreClient(DomainRequests):
+class XenStoreClient(DomainRequests, Closing):
     """One connection to xenstore. Safe to share between threads; one request at a time is under way."""
 
     def __init__(self, sock: socket.socket | int, *, timeout: float = 30.0) -> None:
@@ -97,12 +98,6 @@ class XenStoreClient(DomainRequests):
                 os.close(self._fd)
                 self._fd = -1
                 self._broken = self._broken or "the connection was closed by this program"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _lost(self, number: int, operation: str, path: str, why: str) -> XenStoreError:
         self._broken = self._broken or why

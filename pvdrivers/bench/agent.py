@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from pvdrivers.closing import Closing
 
 from .machine import cpu_seconds, on_cpus
 
@@ -31,7 +32,7 @@ class AgentError(Exception):
     """An agent ended or failed; what it said is in the text or above it."""
 
 
-class Agent:
+class Agent(Closing):
     """The side of an agent that commands. A context manager that ends it."""
 
     def __init__(
@@ -98,14 +99,6 @@ class Agent:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Spent:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
+from pvdrivers.closing import Closing
 from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from pvdrivers.sim.joined import SimPlatform
@@ -31,7 +31,7 @@ __all__ = ["Bed"]
 _READY_SECONDS = 120.0  # a cold cache is compiled first
 
 
-class Bed:
+class Bed(Closing):
     """An embedded Xen with a backend process; guests come by guest(). A context manager that ends them all."""
 
     def __init__(
@@ -152,11 +152,3 @@ class Bed:
         finally:
             self._xen.close()
             self._directory.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

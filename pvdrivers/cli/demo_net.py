@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pvdrivers.bench.agent import Agent, AgentError
+from pvdrivers.closing import Closing
 from pvdrivers.errors import PvError
 from pvdrivers.xl_vif import new_mac
 
@@ -20,7 +20,7 @@ _DETACH = 5.0
 _NAMES = {"tap": "a TAP", "veth": "a veth"}
 
 
-class Talk:
+class Talk(Closing):
     """Two guests that come up in the background; a context manager that takes them down."""
 
     def __init__(self, run_dir: Path, links: tuple[str, ...] = LINKS) -> None:
@@ -43,14 +43,6 @@ class Talk:
             setup = {"run_dir": str(run_dir), "domid": domain.domid, "token": domain.token.hex(),
                      "address": f"10.0.0.{i + 1}", "links": list(links)}  # fmt: skip
             self._agents.append(Agent("pvdrivers.cli.demo_guest", setup, wait=False))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def wait(self) -> str:
         """Both are there: a line that says what they are. PvError if one is not."""

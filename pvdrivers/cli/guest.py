@@ -9,10 +9,10 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pvdrivers import sim
+from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, PlatformError, PvError
 from pvdrivers.frontends import netfront_tap
 from pvdrivers.frontends.blkfront import Blkfront, Io, warm
@@ -101,7 +101,7 @@ def describe(disk: Blkfront) -> str:
     return f"{disk.name}: {', '.join(parts)}"
 
 
-class Guest:
+class Guest(Closing):
     """A domain of the embedded Xen with disks; a context manager that takes it down in order."""
 
     def __init__(self, run_dir: Path, *, memory_mib: int) -> None:
@@ -124,14 +124,6 @@ class Guest:
         except BaseException:
             self._toolstack.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def attach(self, spec: DiskSpec, **options: Any) -> Blkfront:
         """Attach a disk, wait for its backend, and connect. `options` are Blkfront's. Raises PvError."""

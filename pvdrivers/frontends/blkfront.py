@@ -20,8 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +79,6 @@ class Blkfront(Life):
         self._next_queue = itertools.count()
         self._pending_lock = threading.Lock()
         self._flush_op = "flush"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Whole operations
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
+from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, ProtocolViolation, PvError
 from pvdrivers.platform import Platform
 from pvdrivers.xenbus import Action, BadState, Role, XenbusState, parse_state, step
@@ -25,7 +26,7 @@ GIVE_BACK = 2.0  # seconds that the backend has to close, and so to unmap, after
 POLL = 0.02
 
 
-class Frontend(ABC):
+class Frontend(Closing):
     """Everything of a device but its class. `kind` is the class's directory in xenstore, `noun` what people call it."""
 
     kind = ""
@@ -61,7 +62,7 @@ class Frontend(ABC):
     def _use(self, new: XenbusState) -> None:
         """The backend is connected: learn what it says of the device, and begin."""
 
-    def _refresh(self) -> None:  # noqa: B027 - a class may have nothing to do here
+    def _refresh(self) -> None:  # a class may have nothing to do here
         """The backend has changed something while it is connected."""
 
     @abstractmethod

@@ -11,12 +11,12 @@ import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, PvError
 from pvdrivers.syscalls import EPOLL_EVENT
 from rings.jit import compile_for
@@ -130,7 +130,7 @@ class _Lane:
         self.receive_into.free()
 
 
-class Generator:
+class Generator(Closing):
     """Vifs to send from and to receive by; a context manager that closes them."""
 
     def __init__(self, vifs: Sequence[Netfront], *, working_set: int = 2 << 20) -> None:
@@ -152,14 +152,6 @@ class Generator:
         row["epoll"], row["epoll_events"] = self._epoll.fileno(), self._events.ctypes.data
         row["hist"] = self._hist.ctypes.data
         self._keep: list[Any] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the vifs, and take the pages back. PlatformError if a backend has not let go of one."""

@@ -20,8 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -112,14 +111,6 @@ class Netfront(Frontend):
         self._hash: Hash | None = None
         self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
         self._frames = np.zeros((2, _BATCH), FRAME)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Packets
 

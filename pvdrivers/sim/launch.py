@@ -7,13 +7,12 @@ import select
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from pvdrivers.closing import Closing
 from pvdrivers.errors import PlatformError
 
 
-class EmbeddedXen:
+class EmbeddedXen(Closing):
     """A ``pvdrivers sim`` process; a context manager that ends it."""
 
     def __init__(self, run_dir: Path, *, memory_mib: int | None = None, timeout: float = 30.0) -> None:
@@ -41,10 +40,3 @@ class EmbeddedXen:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return self.process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
-        self.close()

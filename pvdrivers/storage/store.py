@@ -13,9 +13,9 @@ import mmap
 import os
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
+from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, StoreError
 
 from .constants import STORE_FILE, STORE_MEMORY, STORE_NULL
@@ -43,7 +43,7 @@ FALLOC_PUNCH_HOLE: Final = 0x01 | 0x02
 DRAIN_TIMEOUT: Final = 30.0
 
 
-class Store:
+class Store(Closing):
     """What the worker and the backend need to know of one open store. The defaults are those of `null:`."""
 
     kind: int = STORE_NULL
@@ -98,14 +98,6 @@ class Store:
 
     def close(self, *, final: bool = False) -> None:
         """Let go of it. `final`: the device is gone for good, so what was made for it is erased."""
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class NullStore(Store):

@@ -12,9 +12,9 @@ import errno
 import mmap
 import os
 import struct
-from types import TracebackType
 from typing import Final, Literal
 
+from pvdrivers.closing import Closing
 from pvdrivers.errors import PlatformError
 from pvdrivers.syscalls import NR_IO_URING_REGISTER, NR_IO_URING_SETUP
 
@@ -77,7 +77,7 @@ def why_refused(e: OSError) -> str:
     return f"io_uring cannot be set up: {e.strerror}"
 
 
-class Uring:
+class Uring(Closing):
     """One ring of requests to the kernel, and one of completions. Give `address` to the kernels of `uring`.
 
     `kind` is "io_uring", or "threads" for the software ring; then `reason` says why. Made by any thread;
@@ -194,11 +194,3 @@ class Uring:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Uring:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,8 +8,9 @@ import os
 import subprocess
 import tempfile
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from pvdrivers.closing import Closing
 
 from ..machine import Missing, on_cpus, program
 
@@ -39,7 +40,7 @@ def run(*command: str) -> None:
         raise Missing(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
 
 
-class Veth:
+class Veth(Closing):
     """Two namespaces and a pair between them; a context manager that takes them away. `cpus`: receiver's, sender's."""
 
     def __init__(self, cpus: tuple[int, int]) -> None:
@@ -88,11 +89,3 @@ class Veth:
         for name in self._names:
             with contextlib.suppress(OSError):
                 subprocess.run([self._ip, "netns", "del", name], capture_output=True, check=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

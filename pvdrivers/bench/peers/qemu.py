@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from pvdrivers.closing import Closing
 
 from ..agent import Agent
 from ..machine import on_cpus, program
@@ -18,7 +19,7 @@ __all__ = ["StorageDaemon"]
 _START_SECONDS = 20.0
 
 
-class StorageDaemon:
+class StorageDaemon(Closing):
     """A storage daemon with one disk, and a client process of it. A context manager that ends both."""
 
     def __init__(
@@ -84,11 +85,3 @@ class StorageDaemon:
             self._daemon.kill()
             self._daemon.wait()
         self._directory.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

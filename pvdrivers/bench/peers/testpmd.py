@@ -13,8 +13,9 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from pvdrivers.closing import Closing
 
 from ..machine import Missing, cpu_seconds, program
 
@@ -37,7 +38,7 @@ def received(text: str) -> int:
     return sum(map(int, found))
 
 
-class Testpmd:
+class Testpmd(Closing):
     """Both processes, ready; a context manager that ends them. `cpus`: of the switch, of the load."""
 
     def __init__(self, size: int, cpus: tuple[int, int]) -> None:
@@ -137,11 +138,3 @@ class Testpmd:
                 process.wait()
             process.stdout.close()
         self._directory.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
