@@ -37,6 +37,7 @@ from .blkfront_records import (
     SHADOW_PAGE,
     VIOLATIONS,
 )
+from .lent import Lent
 
 __all__ = ["Queue"]
 
@@ -90,7 +91,7 @@ class Queue:
         self._pool: Pages | None = None
         self._pool_grefs: list[int] = []
         self._reserved: Sequence[int] = ()
-        self._stuck: list[tuple[list[int], Pages | None]] = []
+        self._lent = Lent(platform.pages)
         self._notify_before = [0, 0]  # of rings that are closed
         self.requeued = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -219,7 +220,7 @@ class Queue:
 
     def release(self) -> None:
         """Take back ring, port and grants. What the backend still has mapped is never used again by anybody."""
-        q, pages = self.record[0], self._platform.pages
+        q = self.record[0]
         with self.changed:
             for i, name in enumerate(("notify_sent", "notify_saved")):
                 self._notify_before[i] += int(self._end[0][name])
@@ -229,24 +230,16 @@ class Queue:
             self._epoll.unregister(self._source)
             self._events.unbind(int(q["port"]))
             # Those that a request holds name pages of callers, so they are ended without freeing anything.
-            self._stuck.append((list(self._reserved), None))
-            self._stuck.append((self._pool_grefs, self._pool))
-            self._stuck.append((self._ring_grefs, self._ring))
+            pool = () if self._pool is None else (self._pool,)
+            lent = (list(self._reserved), ()), (self._pool_grefs, pool), (self._ring_grefs, (self._ring,))
             self._ring = self._pool = None
             self._ring_grefs, self._pool_grefs, self._reserved = [], [], ()
-        left = []
-        for grefs, behind in self._stuck:
-            held = [gref for gref in grefs if not pages.end(gref)]
-            if held:
-                left.append((held, behind))
-            elif behind is not None:
-                behind.free()
-        self._stuck = left
+        self._lent.take_back(*lent)
 
     @property
     def stuck(self) -> int:
         """Grants that a backend did not give back when it should have."""
-        return sum(len(grefs) for grefs, _ in self._stuck)
+        return self._lent.stuck
 
     def end(self) -> None:
         """The queue is no more; deactivate() and release() came before."""

@@ -28,6 +28,7 @@ from rings.netif import (
 from rings.ring import CORRUPT, RING_END, format_page, front_end
 
 from . import netfront_control_kernels as kernels
+from .lent import Lent
 
 __all__ = ["ControlRing", "warm"]
 
@@ -52,7 +53,7 @@ class ControlRing:
         self._id = 0
         self._pages: Pages | None = None
         self._grefs: list[int] = []
-        self._stuck: list[tuple[list[int], Pages]] = []
+        self._lent = Lent(platform.pages)
         self.active = False
         self.violation = ""
         """What the backend did that no honest one does; nothing is asked any more."""
@@ -93,23 +94,17 @@ class ControlRing:
     def release(self) -> None:
         """Take back page, port and grants. What the backend still has mapped is never used again by anybody."""
         with self._lock:
+            lent: list[tuple[list[int], list[Pages]]] = []
             if self._pages is not None and self._events is not None:
                 self._events.unbind(self._port)
-                self._stuck.append((self._grefs, self._pages))
+                lent.append((self._grefs, [self._pages]))
                 self._pages, self._grefs = None, []
-            left = []
-            for grefs, behind in self._stuck:
-                held = [gref for gref in grefs if not self._platform.pages.end(gref)]
-                if held:
-                    left.append((held, behind))
-                else:
-                    behind.free()
-            self._stuck = left
+            self._lent.take_back(*lent)
 
     @property
     def stuck(self) -> int:
         """Grants that a backend did not give back when it should have."""
-        return sum(len(grefs) for grefs, _ in self._stuck)
+        return self._lent.stuck
 
     def end(self) -> None:
         """It is no more; deactivate() and release() came before."""

@@ -21,6 +21,7 @@ from rings.netif import RX_ENTRY_SIZE, TX_ENTRY_SIZE
 from rings.ring import RING_END, format_page, front_end
 
 from . import netfront_kernels as kernels
+from .lent import Lent
 from .netfront_keys import Ring
 from .netfront_records import QUEUE, SLOTS, VIOLATIONS
 
@@ -47,7 +48,7 @@ class Queue:
         self._sources: list[int] = []
         self._pages: list[Pages] = []
         self._grefs: list[int] = []
-        self._stuck: list[tuple[list[int], list[Pages]]] = []
+        self._lent = Lent(platform.pages)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -132,7 +133,7 @@ class Queue:
 
     def release(self) -> None:
         """Take back rings, ports and grants. What the backend still has mapped is never used again by anybody."""
-        q, pages = self.record[0], self._platform.pages
+        q = self.record[0]
         if not self._pages or self._events is None:
             return
         for source in set(self._sources):
@@ -140,22 +141,13 @@ class Queue:
         self._sources = []
         for port in {int(q["tx_port"]), int(q["rx_port"])}:
             self._events.unbind(port)
-        self._stuck.append((self._grefs, self._pages))
+        self._lent.take_back((self._grefs, self._pages))
         self._pages, self._grefs = [], []
-        left = []
-        for grefs, behind in self._stuck:
-            held = [gref for gref in grefs if not pages.end(gref)]
-            if held:
-                left.append((held, behind))
-            else:
-                for some in behind:
-                    some.free()
-        self._stuck = left
 
     @property
     def stuck(self) -> int:
         """Grants that a backend did not give back when it should have."""
-        return sum(len(grefs) for grefs, _ in self._stuck)
+        return self._lent.stuck
 
     def end(self) -> None:
         """The queue is no more; deactivate() and release() came before."""
