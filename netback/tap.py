@@ -9,21 +9,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 from functools import partial
 
 from pvdrivers.errors import ConfigError, PlatformError, PvError
+from pvdrivers.interfaces import TSO4, TSO6, TUN_CSUM, TUN_DEVICE, open_tun, set_tap_carrier, set_tap_offload, take_tap
 
 from .links import Links, find_bridge, in_namespace, set_up_tap
 from .port import PortSpec
 from .records import ACCEPTS_GSO4, ACCEPTS_GSO6
 
-_TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
-_TUNSETPERSIST, _TUNSETOFFLOAD, _TUNSETCARRIER = 0x400454CB, 0x400454D0, 0x400454E2
-_IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x2, 0x100, 0x1000, 0x4000
-_FLAGS = _IFF_TAP | _IFF_MULTI_QUEUE | _IFF_NO_PI | _IFF_VNET_HDR
-_TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6 = 1, 2, 4
-_DEVICE = "/dev/net/tun"
+_TUNSETPERSIST = 0x400454CB
 
 
 class Tap:
@@ -58,12 +53,12 @@ class Tap:
     def _open(self, *, found: bool) -> int:
         """A queue more. In the namespace of this thread."""
         try:
-            fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_tun()
         except OSError as e:
             hint = "load the module tun" if e.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO) else "it takes root"
-            raise PlatformError(f"{self.what}: {_DEVICE} cannot be opened: {e.strerror}; {hint}") from e
+            raise PlatformError(f"{self.what}: {TUN_DEVICE} cannot be opened: {e.strerror}; {hint}") from e
         try:
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", self.spec.name.encode(), _FLAGS))
+            take_tap(fd, self.spec.name, several=True)
         except OSError as e:
             os.close(fd)
             raise self._refused(e, found) from e
@@ -86,11 +81,11 @@ class Tap:
         while len(self.fds) < count:
             self.fds.append(in_namespace(self.spec.netns, partial(self._open, found=True)))
         # A blank checksum is completed for who does not take it; segments nobody makes.
-        offload = _TUN_F_CSUM
-        offload |= _TUN_F_TSO4 if accepts & ACCEPTS_GSO4 else 0
-        offload |= _TUN_F_TSO6 if accepts & ACCEPTS_GSO6 else 0
+        offload = TUN_CSUM
+        offload |= TSO4 if accepts & ACCEPTS_GSO4 else 0
+        offload |= TSO6 if accepts & ACCEPTS_GSO6 else 0
         try:
-            fcntl.ioctl(self.fds[0], _TUNSETOFFLOAD, offload)
+            set_tap_offload(self.fds[0], offload)
         except OSError as e:
             raise PlatformError(f"{self.what}: offloads {offload:#x}: {e.strerror}") from e
         self.carrier(True)
@@ -107,7 +102,7 @@ class Tap:
         """What its host sees of it: a cable, or none. Not told before Linux 5.0, and not if it is gone."""
         if self.fds:
             try:
-                fcntl.ioctl(self.fds[0], _TUNSETCARRIER, struct.pack("i", on))
+                set_tap_carrier(self.fds[0], on)
             except OSError:
                 pass
 

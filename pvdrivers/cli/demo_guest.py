@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pvdrivers import interfaces
 from pvdrivers.bench.agent import Answer, answer
 from pvdrivers.errors import PlatformError
 
@@ -48,7 +49,7 @@ class _Guest:
         if setup["links"]:
             try:
                 namespace.enter()
-                namespace.up("lo")
+                interfaces.up("lo")
             except (PlatformError, OSError) as e:
                 self.why, setup["links"] = str(e), []
         # Not before: numpy has threads.
@@ -64,7 +65,7 @@ class _Guest:
         for link in setup["links"]:
             try:
                 self._tap = {"tap": self._with_tap, "veth": self._with_veth}[link]()
-                namespace.set_address("eth0", setup["address"])
+                interfaces.set_address("eth0", setup["address"])
                 self.link, self.why = link, ""
                 return
             except (PlatformError, OSError) as e:
@@ -79,9 +80,9 @@ class _Guest:
         from pvdrivers.frontends.netfront_veth import Veth
 
         namespace.make_veth("eth0", "vif0")
-        namespace.set_hardware_address("eth0", self.vif.mac)
-        namespace.up("vif0")
-        namespace.up("eth0")
+        interfaces.set_hardware_address("eth0", self.vif.mac)
+        interfaces.up("vif0")
+        interfaces.up("eth0")
         return Veth(self.vif, "eth0", "vif0")
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Light, and without threads: a user namespace can be entered only while there is 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import socket
 import struct
@@ -14,11 +13,9 @@ from pathlib import Path
 
 from pvdrivers.errors import PlatformError
 
-__all__ = ["enter", "make_veth", "set_address", "set_hardware_address", "up"]
+__all__ = ["enter", "make_veth"]
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x8913, 0x8914, 0x8916, 0x891C, 0x8924
-_IFF_UP, _ARPHRD_ETHER = 1, 1
 _RTM_NEWLINK, _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_EXCL = 16, 1, 4, 0x400, 0x200
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 3, 18, 1, 2, 1
 _IFINFO = bytes(16)  # struct ifinfomsg: nothing is said of a link that is to be made
@@ -57,25 +54,3 @@ def make_veth(name: str, peer: str) -> None:
         (error,) = struct.unpack_from("=i", sock.recv(4096), 16)  # struct nlmsgerr
     if error:
         raise OSError(-error, f"veth {name}: {os.strerror(-error)}")
-
-
-def _request(code: int, name: str, argument: bytes) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        return fcntl.ioctl(sock, code, struct.pack("16s24s", name.encode(), argument))
-
-
-def up(name: str) -> None:
-    """ip link set NAME up. Raises OSError."""
-    (flags,) = struct.unpack_from("H", _request(_SIOCGIFFLAGS, name, b""), 16)
-    _request(_SIOCSIFFLAGS, name, struct.pack("H", flags | _IFF_UP))
-
-
-def set_hardware_address(name: str, mac: bytes) -> None:
-    """Before it is up. Raises OSError."""
-    _request(_SIOCSIFHWADDR, name, struct.pack("H6s", _ARPHRD_ETHER, mac))
-
-
-def set_address(name: str, address: str, mask: str = "255.255.255.0") -> None:
-    """An IPv4 address. Raises OSError."""
-    for code, text in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, mask)):
-        _request(code, name, struct.pack("HH4s", socket.AF_INET, 0, socket.inet_aton(text)))

@@ -10,17 +10,27 @@ In a network namespace of its own a guest process has so a whole network stack, 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
-import socket
-import struct
 import threading
 import time
 
 import numpy as np
 
 from pvdrivers.errors import PlatformError
+from pvdrivers.interfaces import (
+    TSO4,
+    TSO6,
+    TSO_ECN,
+    TUN_CSUM,
+    open_tun,
+    set_hardware_address,
+    set_mtu,
+    set_tap_carrier,
+    set_tap_offload,
+    take_tap,
+    up,
+)
 from rings.jit import compile_for
 
 from . import netfront_tap_kernels as kernels
@@ -32,12 +42,6 @@ __all__ = ["Tap", "warm"]
 
 log = logging.getLogger(__name__)
 
-_TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
-_TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6, _TUN_F_TSO_ECN = 1, 2, 4, 8
-_TUNSETCARRIER = 0x400454E2
-_SIOCSIFHWADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU = 0x8924, 0x8913, 0x8914, 0x8922
-_IFF_UP, _ARPHRD_ETHER = 0x1, 1
 _MOMENT = 0.005
 
 
@@ -69,33 +73,28 @@ class Tap:
             thread.start()
 
     def _open(self, several: bool) -> int:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_tun()
         try:
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if several else 0)
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
-            offer, most = self.vif.offer, 0
-            most |= _TUN_F_CSUM
-            most |= _TUN_F_TSO4 | _TUN_F_TSO_ECN if offer.sg and offer.gso4 else 0
-            most |= _TUN_F_TSO6 if offer.sg and offer.gso6 and offer.csum6 else 0
-            fcntl.ioctl(fd, _TUNSETOFFLOAD, most)
+            take_tap(fd, self.name, several=several)
+            offer, most = self.vif.offer, TUN_CSUM
+            most |= TSO4 | TSO_ECN if offer.sg and offer.gso4 else 0
+            most |= TSO6 if offer.sg and offer.gso6 and offer.csum6 else 0
+            set_tap_offload(fd, most)
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def _set_up(self, mtu: int) -> None:
-        name = self.name.encode()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", name, _ARPHRD_ETHER, self.vif.mac))
-            fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", name, mtu))
-            (flags,) = struct.unpack_from("H", fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16s24x", name)), 16)
-            fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
+        set_hardware_address(self.name, self.vif.mac)
+        set_mtu(self.name, mtu)
+        up(self.name)
 
-    def _set_carrier(self, up: bool) -> None:
+    def _set_carrier(self, on: bool) -> None:
         """As the backend has it, so that the guest's kernel sees it: Linux 5.0 and later."""
         for fd in self._fds[:1]:
             try:
-                fcntl.ioctl(fd, _TUNSETCARRIER, struct.pack("i", up))
+                set_tap_carrier(fd, on)
             except OSError as e:
                 log.debug("TAP %s: no carrier can be set: %s", self.name, e)
 

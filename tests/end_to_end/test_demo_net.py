@@ -62,15 +62,16 @@ def test_what_is_sent_differs_from_block_to_block() -> None:
 
 ANYBODY = """
 import ctypes, os, socket
+from pvdrivers import interfaces
 from pvdrivers.cli import namespace
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: a program that was started by this user is
 namespace.enter()
-namespace.up("lo")
+interfaces.up("lo")
 namespace.make_veth("eth0", "vif0")
-namespace.set_hardware_address("eth0", bytes.fromhex("00163e000001"))
-namespace.set_address("eth0", "10.0.0.1")
-namespace.up("eth0")
+interfaces.set_hardware_address("eth0", bytes.fromhex("00163e000001"))
+interfaces.set_address("eth0", "10.0.0.1")
+interfaces.up("eth0")
 print(*(name for _, name in socket.if_nameindex()))
 try:
     namespace.make_veth("eth0", "vif0")
