@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,11 @@ def need(program: str) -> None:
         if os.environ.get("CI"):
             pytest.fail(f"{program} is not installed")
         pytest.skip(f"{program} is not installed")
+
+
+def ip(number: int, *, six: bool = False) -> str:
+    """The address of the machine of this number."""
+    return f"fd98::{number}" if six else f"10.98.0.{number}"
 
 
 class Namespace:
@@ -47,8 +52,9 @@ class Namespace:
                                 stderr=subprocess.STDOUT, text=text)  # fmt: skip
 
     def address(self, device: str, number: int) -> None:
-        self.run("ip", "addr", "add", f"10.98.0.{number}/24", "dev", device)
-        self.run("ip", "addr", "add", f"fd98::{number}/64", "dev", device, "nodad")
+        """It has these addresses from now on, and is up."""
+        self.run("ip", "addr", "add", f"{ip(number)}/24", "dev", device)
+        self.run("ip", "addr", "add", f"{ip(number, six=True)}/64", "dev", device, "nodad")
         self.run("ip", "link", "set", device, "up")
 
     def has(self, device: str) -> bool:
@@ -97,6 +103,22 @@ class Machine(Namespace):
         assert self.process.stdout is not None
         self.process.stdout.close()
         super().end()
+
+
+Make = Callable[[str, int], Machine]
+
+
+@contextlib.contextmanager
+def guests(run_dir: Path) -> Iterator[Make]:
+    """What makes a guest of a --net and a number; all of them end with it."""
+    with contextlib.ExitStack() as stack:
+
+        def make(net: str, number: int) -> Machine:
+            made = Machine(run_dir, net, number)
+            stack.callback(made.end)
+            return made
+
+        yield make
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ import pytest
 from pvdrivers.cli.stats import snapshot
 
 from .conftest import COMMAND, Daemon, until
-from .spaces import Bridged, Machine, iperf_server, need, ping
+from .spaces import Bridged, Make, guests, iperf_server, need, ping
 
 pytestmark = [
     pytest.mark.jit_only("a real daemon serves"),
     pytest.mark.skipif(os.geteuid() != 0, reason="root makes network namespaces"),
     pytest.mark.root,
 ]
-
-Make = Callable[[str, int], Machine]
-
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest) -> Iterator[Bridged]:
@@ -38,13 +34,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Bridged]:
 
 @pytest.fixture
 def machine(xen: Path, daemon: Daemon, host: Bridged) -> Iterator[Make]:
-    with contextlib.ExitStack() as stack:
-
-        def make(net: str, number: int) -> Machine:
-            made = Machine(xen, net, number)
-            stack.callback(made.end)
-            return made
-
+    with guests(xen) as make:
         yield make
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .conftest import COMMAND, Daemon
-from .spaces import Bridged, Machine, need, ping
+from .spaces import Bridged, Machine, Make, guests, need, ping
 from .test_outer import iperf
 
 pytestmark = [
@@ -45,14 +44,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, host: Bridged) -> Iterator
 
 
 @pytest.fixture
-def machine(run_dir: Path) -> Iterator[Callable[[str, int], Machine]]:
-    with contextlib.ExitStack() as stack:
-
-        def make(net: str, number: int) -> Machine:
-            made = Machine(run_dir, net, number)
-            stack.callback(made.end)
-            return made
-
+def machine(run_dir: Path) -> Iterator[Make]:
+    with guests(run_dir) as make:
         yield make
 
 
@@ -61,7 +54,7 @@ def deaf(space: Machine, target: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode != 0
 
 
-def test_all_reach_all(host: Bridged, machine: Callable[[str, int], Machine]) -> None:
+def test_all_reach_all(host: Bridged, machine: Make) -> None:
     a, b = machine("switch:lan,tap=eth0", 1), machine("switch:lan,tap=eth0,queues=2", 2)
     for target in ("10.98.0.9", "10.98.0.2", "fd98::9", "fd98::2"):
         for size in (56, 20000):
@@ -71,14 +64,14 @@ def test_all_reach_all(host: Bridged, machine: Callable[[str, int], Machine]) ->
         assert iperf(b, host.peer, "10.98.0.9", *options)["sum_received"]["bytes"] > 10_000_000
 
 
-def test_an_uplink_of_one_vlan(host: Bridged, machine: Callable[[str, int], Machine]) -> None:
+def test_an_uplink_of_one_vlan(host: Bridged, machine: Make) -> None:
     inside, outside = machine("switch:v;vlan=7,tap=eth0", 3), machine("switch:v;vlan=8,tap=eth0", 4)
     ping(inside, "10.98.0.9", 20000)
     assert deaf(outside, "10.98.0.9")
     assert deaf(outside, "10.98.0.3")
 
 
-def test_a_trunk(host: Bridged, machine: Callable[[str, int], Machine]) -> None:
+def test_a_trunk(host: Bridged, machine: Make) -> None:
     """tcpdump sees the tags of a guest's VLAN, and none of its packets without."""
     need("tcpdump")
     guest = machine("switch:t;vlan=1234,tap=eth0", 5)
