@@ -138,8 +138,7 @@ class Life(Frontend):
             if len(waiting):
                 queue.submit(self._recut(waiting))
             queue.activate(granted=granted, bounce=self.bounces, untrusted=untrusted, max_segments=self.max_segments)
-        self._connected()
-        self._entered(new)
+        self._connected(new)
 
     def _refresh(self) -> None:
         sectors = keys.read_sectors(self._read_key)

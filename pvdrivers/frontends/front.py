@@ -216,11 +216,12 @@ class Frontend(Closing):
             time.sleep(POLL)
         self._give_back()
 
-    def _connected(self) -> None:
-        """Count a connection; the first begins the time that statistics are over."""
+    def _connected(self, state: XenbusState) -> None:
+        """Count a connection, which is there from now on; the first begins the time that statistics are over."""
         if not self.connections:
             self.connected_at = time.monotonic()
         self.connections += 1
+        self._entered(state)
 
     # When it goes wrong
 

@@ -321,10 +321,10 @@ class Netfront(Frontend):
             self.control.activate()
             self._hash_again(self.control)
             self._stage(self.control)
-        self._connected()
         self._refresh()
         self.groups.join_again()
-        self._say(new)  # whoever waits for this expects that it receives
+        self.platform.store.write(f"{self.path}/state", int(new))
+        self._connected(new)  # whoever waits for this expects that it receives
 
     def _rings(self) -> list[Queue | ControlRing]:
         return [*self.queues, *([] if self.control is None else [self.control])]

@@ -52,6 +52,7 @@ class Guest:
     `disks` are lines of xl's disk list. `root`: boot from that device of the guest ("/dev/xvda"), not from memory.
     `extra`: words for the kernel's command line, module parameters such as xen_blkfront.max_ring_page_order=4
     among them. `config`: more lines of xl's configuration file. `wait`: until it has booted; a `paused` one never does.
+    `whole`: a configuration file as it is, and nothing of the above.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Guest:
         config: Sequence[str] = (),
         wait: bool = True,
         paused: bool = False,
+        whole: Path | None = None,
     ) -> None:
         self.name = f"g{next(_numbers)}"
         boot = Path("/bed/guests") / kernel
@@ -74,8 +76,12 @@ class Guest:
             f"memory={memory}", f"vcpus={vcpus}", f"extra='{words}{f' root={root}' if root else ''}'",
             "on_reboot='restart'", "on_crash='destroy'", f"disk={list(disks)!r}", *config,
         ]  # fmt: skip
-        self.config = Path(f"/tmp/{self.name}.cfg")
-        self.config.write_text("\n".join(lines) + "\n")
+        if whole is None:
+            self.config = Path(f"/tmp/{self.name}.cfg")
+            self.config.write_text("\n".join(lines) + "\n")
+        else:
+            self.config = whole
+            self.name = re.findall(r'^name *= *"(.*)"$', whole.read_text(), re.MULTILINE)[0]
         self._log = Path(f"/var/log/xen/console/guest-{self.name}.log")
         logs[f"console of {self.name}"] = self._log
         self._tokens = itertools.count(1)

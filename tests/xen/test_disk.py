@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .serve import Serve
 from .stores import Stores, checksum
 from .system import dump, read, sh
 
+EXAMPLE = Path(__file__).parents[2] / "examples/dom0/guest.cfg"
 INIT_WAIT = 10.0
 """Seconds that libxl waits for a backend to say that it is there."""
 
@@ -50,6 +52,24 @@ def test_a_guest_boots_from_our_root_disk_and_again(guest: Callable[..., Guest],
         assert one.run("mount | grep ' / '").startswith("/dev/xvda on / type ext4 (rw")
         assert one.run("sha256sum -c /root/sum") == "/root/file: OK"
     assert one.ask("dmesg | grep -i -E 'i/o error|ext4.*error|xvda.*timeout'")[1] == ""
+
+
+def test_the_example_works_as_it_is(guest: Callable[..., Guest], stores: Stores) -> None:
+    """What docs/dom0.md has an operator paste, on the files that it names."""
+    where = Path("/srv/guests")
+    where.mkdir(parents=True)
+    try:
+        for there, name in (("vmlinux", "vmlinuz"), ("initrd", "initrd.img")):
+            (where / name).symlink_to(f"/bed/guests/debian/{there}")
+        (where / "web.img").symlink_to(stores.copy(Path("/bed/guest-root.ext4"), "web"))
+        one = guest(whole=EXAMPLE)
+        assert one.name == "web" and one.run("nproc") == "2"
+        assert one.run("mount | grep ' / '").startswith("/dev/xvda on / type ext4 (rw")
+        one.run("echo kept > /root/file")
+        one.reboot()
+        assert one.run("cat /root/file") == "kept"
+    finally:
+        shutil.rmtree(where)
 
 
 def test_what_xl_needs_to_take_a_disk_away_is_there(guest: Callable[..., Guest], stores: Stores) -> None:
