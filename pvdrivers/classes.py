@@ -7,7 +7,8 @@ everything that serving the class will ever need.
 On a real Xen others serve backends, too. `vbd` is the kernel's own kind: where its driver is there, the kernel is left
 alone with it. `pvblk` is a kind of ours, which neither the kernel nor libxl knows: `pvdrivers block-attach` makes such
 devices, beside whatever serves the others. `qdisk` is QEMU's, which libxl starts for it, so it is served only if asked
-for by name, and then only where no QEMU is to be found. `vif` is netback's.
+for by name, and then only where no QEMU is to be found. In the same way `vif` is the kernel's kind of network
+interface, and `pvnet` is ours.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ DEVICE_CLASSES: dict[str, str] = {
     "pvblk": "blkback.backend:BlkBackend",
     "qdisk": "blkback.backend:BlkBackend",
     "vif": "netback.backend:VifBackend",
+    "pvnet": "netback.backend:VifBackend",
 }
 """Name of the directory below backend/ -> where its class is."""
 
-ONLY_BY_NAME = frozenset({"qdisk", "vif"})
-"""Not among the classes that are served when none is named: `vif` until it has all that Linux's netback has."""
+ONLY_BY_NAME = frozenset({"qdisk", "vif", "pvnet"})
+"""Not among the classes that are served when none is named: who asked for disks has networks from others."""
 
 
 def known() -> dict[str, str]:

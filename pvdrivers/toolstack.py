@@ -21,11 +21,11 @@ from .xenbus import BadState, XenbusState, parse_state
 
 Value: TypeAlias = str | int | bytes
 
-FRONTEND_KINDS = {"pvblk": "vbd", "qdisk": "vbd"}
+FRONTEND_KINDS = {"pvblk": "vbd", "qdisk": "vbd", "pvnet": "vif"}
 """Kind of backend -> kind of its frontend, where they differ."""
 DISK_KINDS = ("pvblk", "vbd", "qdisk")
 """Kinds of backend that serve a disk."""
-VIF_KINDS = ("vif",)
+VIF_KINDS = ("pvnet", "vif")
 """... and those that serve a network interface."""
 _FIRST_RESERVED = 0x7FF0  # DOMID_FIRST_RESERVED
 _LOOK_S = 0.01

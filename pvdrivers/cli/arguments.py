@@ -52,8 +52,8 @@ def _serve(verbs: Verbs) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="serve only these device classes: vbd (the kernel's kind), pvblk (ours, by block-attach), qdisk (QEMU's);"
-        " default: vbd and pvblk",
+        help="serve only these device classes: vbd (the kernel's kind), pvblk (ours, by block-attach), qdisk (QEMU's),"
+        " vif (networks: the kernel's kind), pvnet (ours, by network-attach); default: vbd and pvblk",
     )
     verb.add_argument(
         "--io",

@@ -27,6 +27,13 @@ def _attach(verbs: Verbs) -> None:
     run_dir_option(verb)
     domain_argument(verb)
     verb.add_argument("vif", metavar="VIF", nargs="*", help="what it is to get, see below")
+    verb.add_argument(
+        "--class",
+        dest="kind",
+        choices=("vif", "pvnet"),
+        default="vif",
+        help="kind of backend: vif where the kernel does not serve it, or pvnet beside it (default: %(default)s)",
+    )
     connect_option(verb)
     timeout_option(verb)
 

@@ -40,7 +40,7 @@ def _attach(
     mac = vif.mac or _unused_mac(taken)
     devid = toolstack.free_devid(store, domid) if vif.devid is None else vif.devid
     backend = toolstack.attach(
-        store, "vif", domid, devid, backend_domid=home,
+        store, args.kind, domid, devid, backend_domid=home,
         be={**vif.keys, "handle": devid, "mac": mac},
         fe={"handle": devid, "mac": mac, "mtu": vif.mtu, "trusted": int(vif.trusted)},
     )  # fmt: skip

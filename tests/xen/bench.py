@@ -1,8 +1,9 @@
-"""`make bench-xen`: one guest, one boot, and a disk each from us, from the kernel's xen-blkback and from QEMU's qdisk.
+"""`make bench-xen`: one guest, one boot, and a disk each from us, from the kernel's xen-blkback and from QEMU's qdisk;
+and two guests that have a network from us and one from the kernel's xen-netback (bench_net.py).
 
-All on ram disks of dom0. What is counted (hypercalls of dom0 by xentrace, our system calls by the kernel's tracepoints)
-proves something; throughput under software emulation proves little, and is given as ratios, in turn in one run.
-Prints Markdown; run in dom0.
+The disks are on ram disks of dom0. What is counted (hypercalls of dom0 by xentrace, our system calls by the kernel's
+tracepoints) proves something; throughput under software emulation proves little, and is given as ratios, in turn in one
+run. Prints Markdown; run in dom0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pvdrivers import toolstack
 from pvdrivers.xenbus import XenbusState
 from pvdrivers.xenstore import XenStoreClient, default_path
 
-from . import counting
+from . import bench_net, counting
+from .counting import table
 from .guests import Guest
 from .serve import Serve
 from .system import RESULTS, sh, until
@@ -103,12 +105,6 @@ def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int) -> l
     return [disk.name, rw, *(f"{n / requests:.3f}" for n in numbers), ours + lost]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def throughput(guest: Guest, rounds: int, seconds: int) -> list[list[str]]:
     """Rows: the ratio ours / theirs, the median over rounds in which the disks take turns."""
     rows = []
@@ -157,8 +153,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.xen.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--cold", action="store_true", help="and how long a cold compile takes: many minutes")
+    parser.add_argument("--only", choices=("disks", "net"), help="one of the two")
     args = parser.parse_args()
-    rounds, seconds, requests = (1, 2, 2048) if args.quick else (3, 4, 8192)
+    parts = [args.only] if args.only else ["disks", "net"]
+    text = "\n".join(disks(args.quick, args.cold) if part == "disks" else bench_net.run(args.quick) for part in parts)
+    (RESULTS / "bench-xen.md").write_text(f"{time.strftime('%F')}\n\n{text}")
+    return 0
+
+
+def disks(quick: bool, cold: bool) -> str:
+    """The tables, as text; they are printed as they are made."""
+    rounds, seconds, requests = (1, 2, 2048) if quick else (3, 4, 8192)
     with ExitStack() as stack:
         guest, serve = prepare(stack)
         head = ["disk", "work", "grant operations", "grant hypercalls", "event hypercalls", "system calls of ours"]
@@ -171,14 +176,13 @@ def main() -> int:
         ratios = table(["work", "depth", "ours / xen-blkback", "ours / qdisk", "ours, IOPS"], more)
         text += f"\n\n## Throughput under emulation, {rounds} rounds of {seconds} s in turn\n\n{ratios}\n"
         print("\n" + ratios, flush=True)
-        found = starts(guest, serve, 3 if args.quick else 5)
+        found = starts(guest, serve, 3 if quick else 5)
         words = f"start to InitWait, warm: {', '.join(f'{s:.1f}' for s in found)} s; to ready: {serve.ready_in:.1f} s"
-        if args.cold:
+        if cold:
             words += f"\ncold compile: {compiled_cold(Path('/tmp/cold')):.0f} s"
         text += f"\n{words}\n"
         print(f"\n{words}", flush=True)
-    (RESULTS / "bench-xen.md").write_text(f"{time.strftime('%F')}\n\n{text}")
-    return 0
+    return text
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ def count(raw: bytes, domid: int) -> Hypercalls:
     return found
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 class Trace:
     """A running xentrace; `raw` once it has been stopped."""
 

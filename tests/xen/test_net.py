@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from .guests import Guest, vif
 from .serve import Serve
-from .system import RESULTS, CommandError, dump, read, sh, until
+from .system import RESULTS, CommandError, dump, read, sh, until, write
 
 SIZES = (0, 1, 56, 1472, 1473, 4000, 8972, 9000, 20000)
 """Bytes in a ping: up to a frame of 1500, fragments, and those of 9000."""
@@ -158,6 +159,29 @@ def test_a_vif_comes_and_goes_under_traffic(pair: Pair) -> None:
     assert " 0% packet loss" in job.wait(120)
 
 
+def test_the_link_is_taken_down_and_up(pair: Pair) -> None:
+    back = f"/local/domain/0/backend/vif/{pair.a.domid}/0"
+    assert read(f"{back}/carrier") == "1"
+    write(**{f"{back}/link": "down"})
+    until(lambda: read(f"{back}/carrier") == "0", 10, "it has no carrier")
+    assert pair.a.ask("/bin/ping -c 1 -W 2 10.0.0.2")[0] != 0
+    write(**{f"{back}/link": "up"})
+    until(lambda: read(f"{back}/carrier") == "1", 10, "it has a carrier")
+    until(lambda: pair.a.ask("/bin/ping -c 1 -W 5 10.0.0.2")[0] == 0, 60, "it is answered again")
+
+
+def test_our_own_words(pair: Pair, daemon: Serve) -> None:
+    """A vif more, by the verbs of ours; the guest sees no difference."""
+    here, mac = ("--run-dir", str(daemon.run_dir)), "00:16:3e:00:00:0a"
+    sh("pvdrivers", "network-attach", *here, "--connect", pair.b.name, f"mac={mac}", "bridge=switch:lan", "devid=5")
+    pair.b.run("ip link set eth1 up")
+    listed = sh("pvdrivers", "network-list", *here, pair.b.name)
+    assert re.search(rf"^5 .*{mac}.* Connected .*switch:lan", listed, re.MULTILINE), listed
+    sh("pvdrivers", "network-detach", *here, pair.b.name, mac)
+    until(lambda: pair.b.ask("ip link show eth1")[0] != 0, 30, "eth1 is gone")
+    assert mac not in sh("pvdrivers", "network-list", *here, pair.b.name)
+
+
 def test_save_and_restore(pair: Pair, tmp_path: Path) -> None:
     image = tmp_path / "saved"
     pair.b.save(image)
@@ -188,6 +212,40 @@ def test_two_queues_and_two_kernels(daemon: Serve, guest: Callable[..., Guest]) 
     assert end["sum_received"]["bytes"] > 200_000
     queues = stats(pair.b)["queues"]
     assert len(queues) == 2 and all(q["requests"]["sent"] > 10 and q["requests"]["received"] > 10 for q in queues)
+
+
+@pytest.fixture
+def bridge() -> Iterator[str]:
+    """A bridge of dom0's, which is .9 there."""
+    for module in ("bridge", "tun"):
+        sh("modprobe", module)
+    sh("ip", "link", "add", "pvbr0", "type", "bridge")
+    try:
+        sh("ip", "link", "set", "pvbr0", "up")
+        sh("ip", "addr", "add", "10.0.0.9/24", "dev", "pvbr0")
+        yield "pvbr0"
+    finally:
+        sh("ip", "link", "del", "pvbr0")
+
+
+def test_a_bridge_of_linux_with_taps(daemon: Serve, guest: Callable[..., Guest], bridge: str) -> None:
+    """One TAP by a name of its own, and one that has the kernel's name for it, as `xl` has vif-bridge for a script."""
+    words = (vif(f"tap:pvtap0;bridge={bridge}", 1), vif(bridge, 2, script="vif-bridge"))
+    guests = [guest(config=[f"vif=['{word}']"]) for word in words]
+    for number, one in enumerate(guests, 1):
+        up(one, number)
+    taps = sh("ip", "-br", "link", "show", "master", bridge)
+    assert "pvtap0" in taps and f"vif{guests[1].domid}.0" in taps
+    a, b = guests
+    for target in ("10.0.0.2", "10.0.0.9"):
+        ping(a, target, *SIZES)
+    ping(b, "fd00::1", 56, 9000)
+    for words in ("", "--reverse"):
+        assert iperf(b, a, "10.0.0.2", words)["sum_received"]["bytes"] > 200_000
+    name = f"vif{b.domid}.0"
+    for one in guests:
+        one.destroy()
+    until(lambda: "pvtap0" not in sh("ip", "-br", "link") and name not in sh("ip", "-br", "link"), 30, "they are gone")
 
 
 def test_what_cannot_be_served_is_said(daemon: Serve, guest: Callable[..., Guest]) -> None:
