@@ -148,31 +148,58 @@ def claim_entry(entry: int, domid: int, readonly: int) -> int:
 
 
 @inline
-def pin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
-    """Take hold of the page behind a gref; its frame is then in f['frames']. GNTST_*."""
+def hold(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Take hold of the page behind a gref, whose active word stays BUSY until let_go(); its frame is then in
+    f['frames']. Returns the counts for let_go(), or GNTST_*, which is below 0.
+
+    Who holds one may not wait for another: two workers that copy to and fro would wait for each other.
+    """
     at = f["active"] + gref * 8
-    entry = f["grants"] + gref * ENTRY_SIZE
-    owner = ctx["owner"]
-    counts = take(at, owner)
+    counts = take(at, ctx["owner"])
     if counts < 0:
         return GNTST_eagain
-    status = GNTST_okay
+    if counts != 0 and (readonly != 0 or counts >= _WRITER):
+        return counts
+    entry = f["grants"] + gref * ENTRY_SIZE
+    status = claim_entry(entry, ctx["domid"], readonly)
+    if status == GNTST_okay and counts == 0:
+        frame = i64(load32(entry + 4))
+        if frame >= f["pages"]:
+            fetch_and16(entry, 0xFFFF ^ (GTF_reading | GTF_writing))
+            status = GNTST_bad_page
+        else:
+            store32(f["frames"] + gref * 4, frame)
+    if status != GNTST_okay:
+        leave(at, ctx["owner"], counts)
+        return status
+    return counts
+
+
+@inline
+def let_go(ctx, f, gref: int, readonly: int, counts: int) -> None:  # type: ignore[no-untyped-def]
+    """End hold(), as far as those that are left in `counts` do not need it."""
+    done = 0
+    if readonly == 0 and counts < _WRITER:
+        done |= GTF_writing
+    if counts == 0:
+        done |= GTF_reading
+    if done != 0:
+        fetch_and16(f["grants"] + gref * ENTRY_SIZE, 0xFFFF ^ done)
+    leave(f["active"] + gref * 8, ctx["owner"], counts)
+
+
+@inline
+def pin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Take hold of the page behind a gref; its frame is then in f['frames']. GNTST_*."""
+    counts = hold(ctx, f, gref, readonly)
+    if counts < 0:
+        return counts
     shift = 0 if readonly != 0 else _WRITER_SHIFT
     if (counts >> shift) & 0xFFFF == 0xFFFF:
-        status = GNTST_no_space
-    elif counts == 0 or (readonly == 0 and counts < _WRITER):
-        status = claim_entry(entry, ctx["domid"], readonly)
-        if status == GNTST_okay and counts == 0:
-            frame = i64(load32(entry + 4))
-            if frame >= f["pages"]:
-                fetch_and16(entry, 0xFFFF ^ (GTF_reading | GTF_writing))
-                status = GNTST_bad_page
-            else:
-                store32(f["frames"] + gref * 4, frame)
-    if status == GNTST_okay:
-        counts += 1 << shift
-    leave(at, owner, counts)
-    return status
+        leave(f["active"] + gref * 8, ctx["owner"], counts)
+        return GNTST_no_space
+    leave(f["active"] + gref * 8, ctx["owner"], counts + (1 << shift))
+    return GNTST_okay
 
 
 @inline
@@ -187,15 +214,7 @@ def unpin(ctx, f, gref: int, readonly: int) -> int:  # type: ignore[no-untyped-d
     if (counts >> shift) & 0xFFFF == 0:
         leave(at, owner, counts)
         return GNTST_bad_handle
-    counts -= 1 << shift
-    done = 0
-    if readonly == 0 and counts < _WRITER:
-        done |= GTF_writing
-    if counts == 0:
-        done |= GTF_reading
-    if done != 0:
-        fetch_and16(f["grants"] + gref * ENTRY_SIZE, 0xFFFF ^ done)
-    leave(at, owner, counts)
+    let_go(ctx, f, gref, readonly, counts - (1 << shift))
     return GNTST_okay
 
 
@@ -278,16 +297,12 @@ def foreign_at(ctx, slot: int) -> int:  # type: ignore[no-untyped-def]
 
 
 @inline
-def pin_granted(ctx, gref: int, domid: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
-    """pin() of a gref of any domain. Returns the slot of that domain, or GNTST_*, which is below 0."""
+def page_of(ctx, domid: int, gref: int) -> int:  # type: ignore[no-untyped-def]
+    """The slot of the domain that a page is of; GNTST_*, which is below 0, if there is no such page."""
     slot = slot_of(ctx, domid)
     if slot < 0:
         return GNTST_bad_domain
-    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
-    if gref >= f["entries"]:
-        return GNTST_bad_gntref
-    status = pin(ctx, f, gref, readonly)
-    return slot if status == GNTST_okay else status
+    return slot if gref < records(foreign_at(ctx, slot), 1, FOREIGN)[0]["entries"] else GNTST_bad_gntref
 
 
 @inline
@@ -295,10 +310,11 @@ def pin_op(ctx, op, readonly: int) -> int:  # type: ignore[no-untyped-def]
     """pin() for one GRANT_OP: fills in handle and status. Returns the slot, or -1."""
     gref = i64(op["gref"])
     op["handle"] = -1
-    slot = pin_granted(ctx, gref, i64(op["domid"]), readonly)
-    if slot < 0:
-        op["status"] = slot
+    slot = page_of(ctx, i64(op["domid"]), gref)
+    op["status"] = slot
+    if slot >= 0:
+        op["status"] = pin(ctx, records(foreign_at(ctx, slot), 1, FOREIGN)[0], gref, readonly)
+    if op["status"] < 0:
         return -1
-    op["status"] = GNTST_okay
     op["handle"] = (HANDLE_TAG << 48) | (slot << 33) | (readonly << 32) | gref
     return slot

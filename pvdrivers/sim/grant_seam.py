@@ -43,8 +43,10 @@ from .grant_kernels import (
     GTF_writing,
     foreign_at,
     hide,
+    hold,
     leave_handle,
-    pin_granted,
+    let_go,
+    page_of,
     pin_op,
     show,
     take_handle,
@@ -120,46 +122,56 @@ def _bytes_at(ctx, slot: int, gref: int, offset: int) -> int:  # type: ignore[no
 
 
 @inline
-def _other_end(ctx_at: int, ctx, op, to_guest: int) -> int:  # type: ignore[no-untyped-def]
-    """OP_BETWEEN, whose own page is pinned: pin the other, copy, unpin it. GNTST_*."""
-    other = op["address"]
-    gref, domid = other & 0xFFFF_FFFF, (other >> 48) & 0xFFFF
-    readonly = 1 if to_guest != 0 else 0
-    slot = pin_granted(ctx, gref, domid, readonly)
+def _copy_held(ctx, gref: int, domid: int, offset: int, memory: int, length: int, to_page: int) -> int:  # type: ignore[no-untyped-def]
+    """Copy between memory and the page behind a gref, which is held meanwhile. GNTST_*."""
+    slot = page_of(ctx, domid, gref)
     if slot < 0:
         return slot
-    there = _bytes_at(ctx, slot, gref, (other >> 32) & 0xFFFF)
-    here = _bytes_at(ctx, (op["handle"] >> 33) & 0x7FFF, np.int64(op["gref"]), np.int64(op["offset"]))
-    if to_guest != 0:
-        copy_bytes(here, there, np.int64(op["length"]))
+    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
+    readonly = 0 if to_page != 0 else 1
+    counts = hold(ctx, f, gref, readonly)
+    if counts < 0:
+        return counts
+    page = _bytes_at(ctx, slot, gref, offset)
+    if to_page != 0:
+        copy_bytes(page, memory, length)
     else:
-        copy_bytes(there, here, np.int64(op["length"]))
-    unpin(ctx, records(foreign_at(ctx, slot), 1, FOREIGN)[0], gref, readonly)
+        copy_bytes(memory, page, length)
+    let_go(ctx, f, gref, readonly, counts)
     return GNTST_okay
 
 
 @inline
-def copy_one(ctx_at: int, ctx, op) -> None:  # type: ignore[no-untyped-def]
-    """Pin, copy, unpin. A copy out of the page needs no permission to write."""
-    offset = np.int64(op["offset"])
-    length = np.int64(op["length"])
+def _same_page(op, other) -> bool:  # type: ignore[no-untyped-def]
+    """Whether two copies want the same of the same page."""
+    return (
+        op["gref"] == other["gref"]
+        and op["domid"] == other["domid"]
+        and (op["flags"] ^ other["flags"]) & OP_TO_GUEST == 0
+    )
+
+
+@inline
+def _copy_pinned(ctx, op) -> None:  # type: ignore[no-untyped-def]
+    """The copy of an op whose own page is pinned, OP.handle. The other page of OP_BETWEEN is held."""
     to_guest = np.int64(op["flags"]) & OP_TO_GUEST
-    between = np.int64(op["flags"]) & OP_BETWEEN
-    if offset + length > PAGE_SIZE or (between != 0 and ((op["address"] >> 32) & 0xFFFF) + length > PAGE_SIZE):
-        op["status"] = GNTST_bad_copy_arg
-        return
-    slot = pin_op(ctx, op, 0 if to_guest != 0 else 1)
-    if slot < 0:
-        return
-    status = np.int64(GNTST_okay)
-    if between != 0:
-        status = _other_end(ctx_at, ctx, op, to_guest)
+    here = _bytes_at(ctx, (op["handle"] >> 33) & 0x7FFF, np.int64(op["gref"]), np.int64(op["offset"]))
+    other, length = op["address"], np.int64(op["length"])
+    if np.int64(op["flags"]) & OP_BETWEEN != 0:
+        gref, domid, offset = other & 0xFFFF_FFFF, (other >> 48) & 0xFFFF, (other >> 32) & 0xFFFF
+        op["status"] = _copy_held(ctx, gref, domid, offset, here, length, to_guest ^ OP_TO_GUEST)
     elif to_guest != 0:
-        copy_bytes(_bytes_at(ctx, slot, np.int64(op["gref"]), offset), op["address"], length)
+        copy_bytes(here, other, length)
     else:
-        copy_bytes(op["address"], _bytes_at(ctx, slot, np.int64(op["gref"]), offset), length)
-    unpinned = unmap_handle(ctx_at, ctx, op["handle"], 0)
-    op["status"] = status if status != GNTST_okay else unpinned
+        copy_bytes(other, here, length)
+
+
+@inline
+def _fits_pages(op) -> bool:  # type: ignore[no-untyped-def]
+    length = np.int64(op["length"])
+    if np.int64(op["flags"]) & OP_BETWEEN != 0 and ((op["address"] >> 32) & 0xFFFF) + length > PAGE_SIZE:
+        return False
+    return np.int64(op["offset"]) + length <= PAGE_SIZE
 
 
 @seam_function
@@ -192,14 +204,34 @@ def grant_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
 
 @seam_function
 def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
-    """SEAM.grant_copy: -> how many failed."""
+    """SEAM.grant_copy: -> how many failed. A copy out of a page needs no permission to write.
+
+    Copies in a row that want the same of the same page have it pinned once. One that is alone, and to or from memory,
+    only holds it.
+    """
     ctx = records(ctx_at, 1, GRANT_CTX)[0]
     failed = 0
+    pinned = np.int64(-1)
     for i in range(n):
         op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
-        copy_one(ctx_at, ctx, op)
+        to_guest = np.int64(op["flags"]) & OP_TO_GUEST
+        again = i + 1 < n and _same_page(op, records(ops + (i + 1) * OP_SIZE, 1, GRANT_OP)[0])
+        op["handle"], op["status"] = pinned, GNTST_okay
+        if not _fits_pages(op):
+            op["status"] = GNTST_bad_copy_arg
+        elif pinned < 0 and not again and np.int64(op["flags"]) & OP_BETWEEN == 0:
+            op["status"] = _copy_held(
+                ctx, np.int64(op["gref"]), np.int64(op["domid"]), np.int64(op["offset"]), op["address"],
+                np.int64(op["length"]), to_guest,
+            )  # fmt: skip
+        elif pinned >= 0 or pin_op(ctx, op, 0 if to_guest != 0 else 1) >= 0:
+            pinned = op["handle"]
+            _copy_pinned(ctx, op)
         if op["status"] != GNTST_okay:
             failed += 1
+        if pinned >= 0 and not again:
+            unmap_handle(ctx_at, ctx, pinned, 0)
+            pinned = np.int64(-1)
     return failed
 
 

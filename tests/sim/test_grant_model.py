@@ -16,6 +16,7 @@ from pvdrivers import sim
 from pvdrivers.invoke import invoke
 from pvdrivers.platform import (
     GRANT_OP,
+    OP_BETWEEN,
     OP_READONLY,
     OP_TO_GUEST,
     GNTST_bad_gntref,
@@ -38,6 +39,7 @@ GREFS = [8, 9, 10]
 PAGES = 1024
 FRAMES = [0, 1, PAGES - 1, PAGES]  # the last is one too many
 DOMIDS = [0, 5]
+COPY = st.tuples(st.sampled_from(GREFS), st.none() | st.sampled_from(GREFS), st.booleans())
 
 
 class NaiveEntry:
@@ -164,19 +166,47 @@ class GrantsMachine(RuleBasedStateMachine):
         assert grant_unmap(self.mappers[who].grants.ctx, ops.ctypes.data, 1) == 1
         assert ops["status"][0] == GNTST_bad_handle
 
-    @rule(who=st.integers(0, 1), gref=st.sampled_from(GREFS), to_guest=st.booleans())
-    def copy(self, who: int, gref: int, to_guest: bool) -> None:
-        local = ctypes.create_string_buffer(b"c" * 32, 32)
-        ops = self._op(gref, OP_TO_GUEST if to_guest else 0)
-        ops["address"], ops["length"], ops["offset"] = ctypes.addressof(local), 32, 100
-        grant_copy(self.mappers[who].grants.ctx, ops.ctypes.data, 1)
+    @rule(who=st.integers(0, 1), copies=st.lists(COPY, min_size=1, max_size=5))
+    def copy(self, who: int, copies: list[tuple[int, int | None, bool]]) -> None:
+        """A batch of copies, each to or from memory or, where there is another gref, that page."""
+        ops, local = np.zeros(len(copies), GRANT_OP), np.arange(len(copies) * 32, dtype=np.uint8)
+        memory = {i: bytes(local[i * 32 : i * 32 + 32]) for i in range(len(copies))}
+        pages = {frame: self._page(frame) for frame in FRAMES[:-1]}
+        expected = []
+        for i, (gref, other, to_guest) in enumerate(copies):
+            ops[i]["gref"], ops[i]["domid"], ops[i]["length"], ops[i]["offset"] = gref, self.guest.domid, 32, 100
+            ops[i]["flags"] = (OP_TO_GUEST if to_guest else 0) | (0 if other is None else OP_BETWEEN)
+            there = local.ctypes.data + i * 32 if other is None else other | 100 << 32 | self.guest.domid << 48
+            ops[i]["address"] = there
+            expected.append(self._copy(who, gref, other, to_guest, memory, pages, i))
+        failed = grant_copy(self.mappers[who].grants.ctx, ops.ctypes.data, len(ops))
+        assert ops["status"].tolist() == expected and failed == sum(status != GNTST_okay for status in expected)
+        assert local.tobytes() == b"".join(memory.values())
+        assert pages == {frame: self._page(frame) for frame in pages}
+
+    def _page(self, frame: int) -> bytes:
+        return ctypes.string_at(self.guest.pages._base + frame * 4096 + 100, 32)
+
+    def _copy(self, who: int, gref: int, other: int | None, to_guest: bool, memory: dict[int, bytes],
+              pages: dict[int, bytes], i: int) -> int:  # fmt: skip
+        """One at a time, each with its own pins."""
         entry = self.model[gref]
-        expected = entry.map(who, not to_guest)
-        assert ops["status"][0] == expected
-        if expected == GNTST_okay:
-            theirs = ctypes.string_at(self.guest.pages._base + entry.pinned_frame * 4096 + 100, 32)
-            assert theirs == local.raw
-            entry.unmap(who, not to_guest)
+        status = entry.map(who, not to_guest)
+        if status != GNTST_okay:
+            return status
+        beside, there = (memory, i) if other is None else (pages, 0)
+        if other is not None:
+            status = self.model[other].map(who, to_guest)
+            there = self.model[other].pinned_frame
+        if status == GNTST_okay:
+            if to_guest:
+                pages[entry.pinned_frame] = beside[there]
+            else:
+                beside[there] = pages[entry.pinned_frame]
+            if other is not None:
+                self.model[other].unmap(who, to_guest)
+        entry.unmap(who, not to_guest)
+        return status
 
     @rule(who=st.integers(0, 1), gref=st.integers(32768, 2**32 - 1))
     def map_beyond(self, who: int, gref: int) -> None:
