@@ -178,7 +178,7 @@ PORT = np.dtype(
         ("allowed", "u4", (128,)),  # ... these: a bit each
         ("capture", "i8"),  # address of a CAPTURE, 0 if nobody looks
         ("down", "i8"),  # no carrier: nothing comes and nothing goes
-        ("most", "i8"),  # bytes of a packet without tags and segments that is not too large, 0: any is not
+        ("most", "i8"),  # bytes of a packet, or of a segment, without tags that is not too large, 0: any is not
         ("notifies", "i8"),  # the guest says of buffers when it posts them (feature-rx-notify)
         ("drain_ns", "i8"),  # how long a packet waits for them
         ("stall_ns", "i8"),  # how long the guest may have too few; 0: for ever
