@@ -1,4 +1,4 @@
-"""`pvdrivers bench net`: packets from guest to guest, to nobody and to a TAP, beside DPDK, memcpy, veth and a bare loop.
+"""`pvdrivers bench net`: packets from guest to guest, to nobody and to a TAP, beside DPDK, memcpy, veth and bare loops.
 
 Ours is the whole path: rings, grants and event channels of the embedded Xen, a `serve` process with the switch, and the
 packet generator of pvdrivers/frontends/net_load.py in another process, which drives both guests on one core as testpmd
