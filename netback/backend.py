@@ -19,6 +19,7 @@ from rings import netif
 
 from .attach import attach_ring, wake_guest
 from .control_attach import ControlKeys, attach_control, forget, parse_control
+from .groups import forget_groups, keep_groups
 from .live import apply, carrier, wants_filter
 from .other_side import OtherSide
 from .params import VifSpec, live_of, vif_of
@@ -127,8 +128,8 @@ class VifBackend(Device):
         self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []  # the last may be the control ring's
-        self.groups_lost = False
-        """A process that ended had its list of groups: nothing is filtered until the guest connects anew."""
+        self.groups_known = True
+        """Else nothing is filtered until the guest connects anew."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -186,10 +187,10 @@ class VifBackend(Device):
             said.accepts &= ACCEPTS_SG
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
-        row["handed_over"] = row["n_out"] = row["stalled"] = row["n_groups"] = row["hashes"] = 0
+        row["handed_over"] = row["n_out"] = row["stalled"] = row["hashes"] = 0
         row["headroom"] = said.headroom
-        self.groups_lost = recover
-        row["notifies"], row["filters"] = said.notifies, said.filters and not recover
+        self.groups_known = keep_groups(self, said, recover)
+        row["notifies"], row["filters"] = said.notifies, said.filters and self.groups_known
         apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.worker)
@@ -236,7 +237,7 @@ class VifBackend(Device):
         store = self.context.platform.store
         store_word(self.port.address + HEADROOM_AT, headroom_of(FrontKeys.read(store, self.ident)))
         apply(self.port, live_of(self.params))
-        if not self.groups_lost:
+        if self.groups_known:
             self.port.record[0]["filters"] = wants_filter(store, self.ident)
         if self.switch is not None:
             self.switch.worker.ring_doorbell()  # who waits for a slow rate waits for another now
@@ -247,6 +248,7 @@ class VifBackend(Device):
         """Leave the switch, take the rings from the worker, unmap, unbind."""
         self._release()
         forget(self)
+        forget_groups(self)
 
     def hand_over(self) -> None:
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""

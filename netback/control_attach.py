@@ -16,8 +16,8 @@ from rings import ring as ringlib
 from rings.jit import address_of
 
 from . import control_ring, queue
-from .control_file import HashFile
-from .control_records import CONTROL
+from .control_records import CONTROL, HASHES
+from .kept_file import KeptFile
 from .staging_share import Staging, offer
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RING_SLOTS = 128
 """In its one page."""
+_VERSION = 1
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Control:
     def __init__(self, device: VifBackend, keys: ControlKeys, queues: int, *, recover: bool) -> None:
         """Raises PvError when there is no room for its file."""
         uuid = device.context.platform.domain_uuid(device.ident.domid)
-        incarnation = f"{device.ident} {uuid} {keys.gref} {keys.port} {queues}"
-        self.file = HashFile(_path(device), incarnation, recover=recover)
+        whose = f"hash {_VERSION} {device.ident} {uuid} {keys.gref} {keys.port} {queues}"
+        self.file = KeptFile(_path(device), HASHES, whose, recover=recover)
         self.record = np.zeros(1, CONTROL)
         self._memory = Memory(2 * 4096)
         assert device.spec is not None

@@ -6,20 +6,33 @@ over MOST_GROUPS addresses an ERROR. A group that is in the list already is in i
 
 from __future__ import annotations
 
-from rings.atomics import i64
+from typing import Any
+
+from rings.atomics import i64, records, store_release64
 from rings.jit import inline, kernel
 from rings.netif import EXTRA_MCAST_ADD, RSP_ERROR, RSP_OKAY
 
-from .records import MOST_GROUPS, port_at
+from .records import GROUPS, MOST_GROUPS, port_at
 
 BROADCAST = 0xFFFFFFFFFFFF
 
 
+@inline
+def _groups_at(porta: int) -> Any:
+    return records(port_at(porta)["groups"], 1, GROUPS)[0]
+
+
+@inline
+def _then_count(porta: int, count: int) -> None:
+    """After what is in the list: whoever comes after a process that died in between finds a list."""
+    store_release64(port_at(porta)["groups"], count)  # GROUPS.count, the first field; see groups.keep_groups
+
+
 @kernel
 def _find(porta: int, mac: int) -> int:
-    port = port_at(porta)
-    for k in range(port["n_groups"]):
-        if port["groups"][k] == mac:
+    groups = _groups_at(porta)
+    for k in range(groups["count"]):
+        if groups["listed"][k] == mac:
             return i64(k)
     return i64(-1)
 
@@ -27,17 +40,17 @@ def _find(porta: int, mac: int) -> int:
 @kernel
 def amend(porta: int, kind: int, mac: int) -> int:
     """Put a group into the list of a port, or out of it: what the guest is answered, RSP_*."""
-    port = port_at(porta)
+    groups = _groups_at(porta)
     k = i64(_find(porta, mac))
     if kind == EXTRA_MCAST_ADD:
-        if mac & 1 == 0 or (k < 0 and port["n_groups"] == MOST_GROUPS):
+        if mac & 1 == 0 or (k < 0 and groups["count"] == MOST_GROUPS):
             return i64(RSP_ERROR)
         if k < 0:
-            port["groups"][port["n_groups"]] = mac
-            port["n_groups"] += 1
+            groups["listed"][groups["count"]] = mac
+            _then_count(porta, groups["count"] + 1)
     elif k >= 0:
-        port["n_groups"] -= 1
-        port["groups"][k] = port["groups"][port["n_groups"]]
+        groups["listed"][k] = groups["listed"][groups["count"] - 1]
+        _then_count(porta, groups["count"] - 1)
     return i64(RSP_OKAY)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from pvdrivers.worker.marks import ring_at, stats_at
-from rings.atomics import copy_bytes, i64, load8
+from rings.atomics import copy_bytes, i64
 from rings.frame import headers
 from rings.jit import inline, kernel
 from rings.vnet import CSUM_BLANK, CSUM_VALID
 
 from .cut import count_segments, header_size, put_segment
 from .deliver import flush, pages_of, takes_blank, to_guest
+from .mtu import fits
 from .multicast import wants
 from .records import (
     ACCEPTS_SG,
@@ -81,23 +82,6 @@ def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
         sw["cut_at"] = out - sw["cuts"] + ((n + _LINE - 1) & ~(_LINE - 1))  # behind it, even if that has flushed
         k += 1
     _count(porta, N_CUT)
-
-
-@kernel
-def fits(pa: int, porta: int) -> bool:
-    """Whether a packet is not larger than the MTU of the vif behind a port. One of segments is not asked about, and
-    tags do not count."""
-    packet = packet_at(pa)
-    most = port_at(porta)["most"]
-    if most == 0 or packet["size"] <= most or packet["gso_size"] != 0:
-        return True
-    at = packet["data"] + 12
-    for _ in range(2):
-        first, second = i64(load8(at)), i64(load8(at + 1))
-        if (first == 0x81 and second == 0) or (first == 0x88 and second == 0xA8):
-            most += 4
-            at += 4
-    return packet["size"] <= most
 
 
 @kernel

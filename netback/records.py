@@ -126,6 +126,9 @@ MAX_LEARNED_OUTSIDE = 2048
 MOST_GROUPS = 64
 """Multicast addresses that a guest may listen to: XEN_NETBK_MCAST_MAX of Linux's netback."""
 
+GROUPS = np.dtype([("count", "i8"), ("listed", "i8", (MOST_GROUPS,))], align=True)
+"""Multicast addresses that a guest listens to, in no order."""
+
 LIMIT = np.dtype(
     [
         ("rate", "f8"),  # bytes a ns; 0: there is no limit
@@ -175,14 +178,13 @@ PORT = np.dtype(
         ("allowed", "u4", (128,)),  # ... these: a bit each
         ("capture", "i8"),  # address of a CAPTURE, 0 if nobody looks
         ("down", "i8"),  # no carrier: nothing comes and nothing goes
-        ("most", "i8"),  # bytes of a packet without tags and segments that is not too large, 0: any is not
+        ("most", "i8"),  # bytes of a packet, or of a segment, without tags that is not too large, 0: any is not
         ("notifies", "i8"),  # the guest says of buffers when it posts them (feature-rx-notify)
         ("drain_ns", "i8"),  # how long a packet waits for them
         ("stall_ns", "i8"),  # how long the guest may have too few; 0: for ever
         ("stalled", "i8"),  # RINGs on which it had
         ("filters", "i8"),  # of what is sent to groups it gets what it listens to
-        ("n_groups", "i8"),
-        ("groups", "i8", (MOST_GROUPS,)),  # addresses
+        ("groups", "i8"),  # address of the GROUPS
         ("from_guest", "i8"),  # address of the LIMIT of what it sends, and
         ("to_guest", "i8"),  # ... of what is sent to it
         ("n_out", "i8"),  # RINGs that packets to it go to; 0: to none, as when it leaves

@@ -20,10 +20,12 @@ from pvdrivers.worker.control import Memory, Worker, WorkerPool
 from pvdrivers.worker.words import store_word
 from rings.netif import TX_ENTRY_SIZE
 
+from .kept_file import KeptFile
 from .records import (
     BATCH,
     CUT_BYTES,
     DELIVERY,
+    GROUPS,
     HEADROOM,
     LIMIT,
     MAX_DELIVERIES,
@@ -52,11 +54,19 @@ class Port:
     record: np.ndarray = field(default_factory=lambda: np.zeros(1, PORT))
     limits: np.ndarray = field(default_factory=lambda: np.zeros(2, LIMIT))
     """From the guest, and to it: LIMITs."""
+    groups: Any = field(default_factory=lambda: np.zeros(1, GROUPS))
+    """What its guest listens to, or what holds that: see use_groups()."""
 
     def __post_init__(self) -> None:
         row = self.record[0]
         row["from_guest"] = self.limits.ctypes.data
         row["to_guest"] = self.limits.ctypes.data + LIMIT.itemsize
+        row["groups"] = self.groups.ctypes.data
+
+    def use_groups(self, kept: KeptFile) -> None:
+        """Have its GROUPS there from now on. No worker knows the port."""
+        self.groups = kept
+        self.record[0]["groups"] = kept.address
 
     @property
     def address(self) -> int:

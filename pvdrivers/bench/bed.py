@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,16 +112,20 @@ class Bed(Closing):
             found.append({"domid": domain.domid, "token": token, "devid": toolstack.devid_of(vdev), **options})
         return found
 
-    def vif(self, bridge: str, *, memory_mib: int = 16, **options: Any) -> dict[str, Any]:
-        """A new domain with a vif, as net_guest() wants it, once a backend has taken it. `options` are Netfront's.
+    def vif(
+        self, bridge: str, *, memory_mib: int = 16, keys: Mapping[str, Value] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """A new domain with a vif, as net_guest() wants it, once a backend has taken it. `keys` are more ones of its
+        backend directory, `options` are Netfront's.
 
         Raises Missing with what the backend has to say against such a port.
         """
         assert self.dom0 is not None
         store, mac = self.dom0.store, new_mac()
         domain = toolstack.create_domain(self.dom0, memory_mib=memory_mib)
-        keys: dict[str, Value] = {"mac": mac, "handle": 0}
-        backend = toolstack.attach(store, "vif", domain.domid, 0, be={**keys, "bridge": bridge}, fe=keys)
+        own: dict[str, Value] = {"mac": mac, "handle": 0}
+        back = {**own, "bridge": bridge, **(keys or {})}
+        backend = toolstack.attach(store, "vif", domain.domid, 0, be=back, fe=own)
         if wait_for(store, backend, (XenbusState.InitWait,), _READY_SECONDS) is not XenbusState.InitWait:
             raise Missing(what_it_said(store, backend) or f"no backend has taken a vif on {bridge}")
         return {"domid": domain.domid, "token": domain.token.hex(), "mac": mac, **options}

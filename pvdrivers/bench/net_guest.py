@@ -30,7 +30,8 @@ def slots_of(plan: NetPlan) -> int:
 
 
 def _told(plan: NetPlan, result: NetResult, own: float, watched: list[float]) -> dict[str, Any]:
-    """The figures of a load. What goes to nobody of this process counts when its sender has the answer."""
+    """The figures of a load; `path0` and so on: bytes a second that came by that path. What goes to nobody of this
+    process counts when its sender has the answer."""
     if result.errors or result.wrong:
         return {"failure": f"{result.errors} errors, {result.wrong} packets with wrong bytes"}
     here = any(target >= 0 for _, target in plan.paths)
@@ -39,6 +40,7 @@ def _told(plan: NetPlan, result: NetResult, own: float, watched: list[float]) ->
     return {
         **found,
         "bytes_per_second": packets * plan.size / result.seconds,
+        **{f"path{k}": nbytes / result.seconds for k, nbytes in enumerate(result.path_bytes)},
         "switch_ns": watched[0] / packets * 1e9 if watched and packets else None,
         "sent": result.sent,
         "lost_slots": result.lost,

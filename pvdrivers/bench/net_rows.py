@@ -19,6 +19,9 @@ class Traffic:
     apart       from A to B, a process for each
     null, tap   from A to nobody; to a TAP of this host that throws away what comes
     pairs       as `one`, `pairs` times, each with a switch, a load and a core of its own
+    iperf       iperf3 between two network namespaces: in one a TAP of a guest's netfront, in the other one of netback's
+
+    `rate`: bytes a second that the first guest's vif is limited to, in each direction; 0: to none.
     """
 
     how: str = "one"
@@ -28,14 +31,22 @@ class Traffic:
     look: str = "sample"
     one_at_a_time: bool = False
     pairs: int = 1
+    rate: int = 0
 
     @property
     def gso_size(self) -> int:
         return _SEGMENT if self.size > 4096 else 0
 
     @property
+    def slots(self) -> int:
+        """Of each packet, on a ring."""
+        return -(-self.size // 4096) + (1 if self.gso_size else 0)
+
+    @property
     def where(self) -> str:
         """In words."""
+        if self.how == "iperf":
+            return "anywhere"
         if self.how == "pairs":
             return f"{self.pairs} x switch and load of a pair on one core"
         if self.how == "apart":
@@ -60,18 +71,23 @@ class Figure:
 class NetWork:
     """Runs of ours and of peers in turns, and the rows that are made of them.
 
-    `peers`: name -> what it is: "testpmd", "memcpy", "veth" (of the same size and working set), or traffic of ours.
+    `peers`: name -> what it is: "testpmd", "memcpy", "veth" (of the same size and working set), "spliced" (see
+    peers/iperf.py), "asked" (the rate that was set), or traffic of ours. `note`: what stands in each row.
     """
 
     key: str
     ours: Traffic
     rows: tuple[Figure, ...]
     peers: dict[str, str | Traffic] = field(default_factory=dict)
+    note: str = ""
 
 
 TESTPMD = "DPDK testpmd, vhost-user switch"
 MEMCPY = "memcpy of the same bytes"
 VETH = "veth, iperf3 TCP"
+SPLICED = "two TAPs spliced by a bare loop in C"
+ASKED = "what was asked"
+_LIMIT = 125_000_000
 _TOGETHER = "one process that drives both"
 
 
@@ -104,13 +120,28 @@ def _apart(size: int) -> NetWork:
     return NetWork(f"apart{size}", Traffic("apart", size), (figure,), {_TOGETHER: Traffic("one", size)})
 
 
-def _alone(how: str, size: int) -> NetWork:
-    what = f"guest to {how}, {size} bytes"
-    return NetWork(f"{how}{size}", Traffic(how, size), (Figure(what), _bytes(f"{what}: bytes")))
+def _limit() -> NetWork:
+    what = f"limit of a whole vif, {_LIMIT * 8e-9:g} Gbit/s, 4 queues, both directions at once"
+    return NetWork(
+        "limit", Traffic("both", 1500, queues=4, rate=_LIMIT),
+        (Figure(f"{what}: from the guest", ASKED, "path0", "B/s", 0.02, "within"),
+         Figure(f"{what}: to the guest", ASKED, "path1", "B/s", 0.02, "within")),
+        {ASKED: "asked"},
+    )  # fmt: skip
 
 
-_DELAY = "one 64-byte packet at a time, from A's stamp to B's look"
-_ONE_QUEUE = "1 queue each"
+def _spliced() -> NetWork:
+    what = "iperf3 TCP between two namespaces, GSO, guest to TAP"
+    back = "iperf3 TCP between two namespaces, GSO, TAP to guest"
+    return NetWork(
+        "splice", Traffic("iperf", GSO),
+        (_bytes(what, SPLICED, 0.9), Figure(back, SPLICED, "back", "B/s"),
+         _bytes(what, VETH), Figure(back, VETH, "back", "B/s")),
+        {SPLICED: "spliced", VETH: "veth"},
+        "ours: TAP of a guest's netfront in one namespace, its vif's TAP (tap:) in the other",
+    )  # fmt: skip
+
+
 _ONE_PAIR = "one pair on one core"
 ROWS = (
     _both("net64", 64, 1.5),
@@ -125,22 +156,10 @@ ROWS = (
     NetWork("veth", Traffic("one", GSO), (_bytes(f"A to B, {GSO} bytes (GSO)", VETH),), {VETH: "veth"}),
     *(_apart(size) for size in (64, 1500, GSO)),
     NetWork(
-        "queues2", Traffic("one", 64, queues=2), (Figure("A to B, 64 bytes, 2 queues each, one switch", _ONE_QUEUE),),
-        {_ONE_QUEUE: Traffic("one", 64)},
-    ),
-    NetWork(
-        "queues4", Traffic("one", 64, queues=4), (Figure("A to B, 64 bytes, 4 queues each, one switch", _ONE_QUEUE),),
-        {_ONE_QUEUE: Traffic("one", 64)},
-    ),
-    NetWork(
         "pairs", Traffic("pairs", 1500, pairs=2),
         (Figure("two pairs of queues on two cores, 1500 bytes, all of a pair on one core", _ONE_PAIR, target=1.6),),
         {_ONE_PAIR: Traffic("pairs", 1500)},
     ),
-    NetWork(
-        "latency", Traffic("one", 64, look="headers", one_at_a_time=True),
-        (Figure(f"{_DELAY}: median", key="p50_us", unit="us"), Figure(f"{_DELAY}: 99 %", key="p99_us", unit="us")),
-    ),
-    *(_alone("null", size) for size in (64, 1500, GSO)),
-    *(_alone("tap", size) for size in (64, 1500, GSO)),
+    _limit(),
+    _spliced(),
 )  # fmt: skip

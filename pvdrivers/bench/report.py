@@ -1,8 +1,9 @@
 """One form for the rows of all measurements: a table for a terminal, one for the documentation, JSON to check both.
 
 A row has: bench, work, beside, unit, ours and theirs (medians), median, low, high and pairs of the ratio, target with
-its sense (">=" or "<="), met, ours_where and theirs_where, ours_cpu_us and theirs_cpu_us (CPU of both ends, for each
-request), raw (what each single run said) and note. A row that was not measured has `missing` instead of figures.
+its sense (">=" or "<=", or "within" so much of 1), met, ours_where and theirs_where, ours_cpu_us and theirs_cpu_us (CPU
+of both ends, for each request), raw (what each single run said) and note. A row that was not measured has `missing`
+instead of figures.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def judged(low: float, high: float, target: float | None, sense: str = ">=") -> 
     """A target is missed when the whole interval lies on the wrong side of it; None without a target."""
     if target is None:
         return None
+    if sense == "within":
+        return low <= 1 + target and high >= 1 - target
     return high >= target if sense == ">=" else low <= target
 
 

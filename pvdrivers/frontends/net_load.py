@@ -68,6 +68,7 @@ class NetResult:
     sent: int  # packets that were put on a ring
     received: int
     received_bytes: int
+    path_bytes: tuple[int, ...]  # ... by each path, in their order
     answered: int  # slots
     lost: int  # slots
     errors: int  # slots with an error, either way
@@ -243,7 +244,8 @@ class Generator(Closing):
     def _told(self, senders: NDArray[Any], receivers: NDArray[Any], flows: NDArray[Any], seconds: float) -> NetResult:
         total = {name: int(flows[name].sum()) for name in ("sent", "received", "received_bytes", "lost")}
         return NetResult(
-            seconds, **total, answered=int(senders["answered"].sum()),
+            seconds, **total, path_bytes=tuple(map(int, flows["received_bytes"])),
+            answered=int(senders["answered"].sum()),
             errors=int(senders["errors"].sum()) + int(receivers["errors"].sum()), wrong=int(receivers["wrong"].sum()),
             hist=self._hist.copy(),
         )  # fmt: skip

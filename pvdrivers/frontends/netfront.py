@@ -141,7 +141,7 @@ class Netfront(Frontend):
                 if 0 <= sent < len(batch) and kernels.arm(q.at, TX) > 0:
                     continue
             if sent < 0:
-                self._failed(q)
+                self._failed(q, deadline)
                 continue
             done += sent
             if done < len(frames) and sent < len(batch):
@@ -166,7 +166,7 @@ class Netfront(Frontend):
                 if got == 0 and kernels.arm(q.at, RX) > 0:
                     continue
             if got < 0:
-                self._failed(q)
+                self._failed(q, deadline)
                 continue
             self._sleep(q, deadline, f"vif {self.name}: no packet came")
 
@@ -179,11 +179,14 @@ class Netfront(Frontend):
             raise OSError(errno.EIO, self.failure or f"vif {self.name}: not connected")
         return self.queues[index % len(self.queues)]
 
-    def _failed(self, q: Queue) -> None:
-        """A kernel would not go on: a violation, or the rings are being changed, for which is waited a moment."""
+    def _failed(self, q: Queue, deadline: float | None) -> None:
+        """A kernel would not go on: a violation, or the rings are being changed, for which is waited a moment. For ever
+        where nobody is there to connect to."""
         if int(q.record[0]["violation"]):
             self.violated(q.violation())
         elif not self.failure:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"vif {self.name}: its backend is not connected")
             time.sleep(0.005)
 
     def _sleep(self, q: Queue, deadline: float | None, what: str) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pvdrivers.bench import machine, net
-from pvdrivers.bench.net_rows import GSO, ROWS, NetWork, Traffic
+from pvdrivers.bench import machine, net, net_sides, net_table
+from pvdrivers.bench.net_rows import ASKED, GSO, ROWS, Figure, NetWork, Traffic
+from pvdrivers.bench.net_table import TABLES, Table
 from pvdrivers.bench.peers import testpmd
-from pvdrivers.bench.peers.iperf import Veth, figures
+from pvdrivers.bench.peers.iperf import Between, Ring, Spliced, Veth, figures
 from pvdrivers.bench.peers.memcpy import Memcpy
 from pvdrivers.bench.peers.testpmd import received
+from tests.netback.spaces import need
 
 STATS = """
 testpmd> show port stats all
@@ -62,14 +66,16 @@ def test_a_program_that_is_not_there_is_a_row_that_says_so(monkeypatch: pytest.M
 
 
 def test_every_row_of_the_issue_is_there() -> None:
-    keys = [work.key for work in ROWS]
+    keys = [work.key for work in (*ROWS, *TABLES)]
     assert len(set(keys)) == len(keys)
     targets = sorted(figure.target for work in ROWS for figure in work.rows if figure.target is not None)
-    assert targets == [0.7, 0.7, 1.0, 1.0, 1.5, 1.6, 1.7, 48.0]
+    assert targets == [0.02, 0.02, 0.7, 0.7, 0.9, 1.0, 1.0, 1.5, 1.6, 1.7, 48.0]
     for work in ROWS:
         assert {figure.beside for figure in work.rows} - {""} == set(work.peers), work.key
-    sizes = {(work.ours.how, work.ours.size) for work in ROWS}
-    assert {(how, size) for how in ("null", "tap", "apart") for size in (64, 1500, GSO)} <= sizes
+    assert {("apart", size) for size in (64, 1500, GSO)} <= {(work.ours.how, work.ours.size) for work in ROWS}
+    cells = {(cell.how, cell.size, cell.queues) for table in TABLES for cell in table.cells}
+    wanted = {(how, size, n) for how in ("one", "null", "tap") for size in (64, 1500, GSO) for n in (1, 2, 4)}
+    assert wanted == cells
 
 
 def test_memcpy_copies_all_of_its_working_set() -> None:
@@ -86,7 +92,7 @@ def test_memcpy_copies_all_of_its_working_set() -> None:
 @pytest.mark.parametrize(
     "traffic",
     [Traffic("both"), Traffic("apart", 1500), Traffic("null"), Traffic("pairs", 1500, pairs=2),
-     Traffic("one", GSO, look="all"), Traffic("one", look="headers", one_at_a_time=True)],
+     Traffic("one", GSO, look="all")],
     ids=lambda traffic: traffic.how,
 )  # fmt: skip
 def test_each_kind_of_traffic_gives_a_row(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +111,55 @@ def _peer(seconds: float) -> dict[str, Any]:
 
 @pytest.mark.jit_only("a real daemon serves")
 def test_a_port_that_the_backend_does_not_know_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    (work,) = (work for work in ROWS if work.key == "null64")
-    monkeypatch.setattr(net, "_BRIDGES", {**net._BRIDGES, "null": "nowhere:"})
-    rows = net._measure(work, 1, 0.1)
-    assert len(rows) == 2 and all("nowhere:" in row["missing"] for row in rows)
+    for where in (net_sides, net_table):
+        monkeypatch.setattr(where, "BRIDGES", {**net_sides.BRIDGES, "null": "nowhere:"})
+    work = NetWork("test", Traffic("null"), (Figure("to nobody"), Figure("once more")))
+    rows = net._measure(work, 1, 0.1) + net_table.measure(Table("test", "to nobody", "null"), 1, 0.1)
+    assert len(rows) == 2 + 9 and all("nowhere:" in row["missing"] for row in rows)
+
+
+@pytest.mark.jit_only("a real daemon serves")
+def test_a_table_has_a_row_for_each_size_and_number_of_queues() -> None:
+    rows = net_table.measure(Table("test", "to nobody", "null", (1, 2)), 1, 0.2)
+    assert [row["work"].partition(", ")[2] for row in rows] == [
+        f"{size}, {queues}"
+        for size in ("64 bytes", "1500 bytes", "65000 bytes (GSO)")
+        for queues in ("1 queue", "2 queues")
+    ]
+    assert [row["beside"] for row in rows] == [None, "1 queue"] * 3
+    for row in rows:
+        assert row["ours"] > 0 and row["ours_cpu_us"] > 0 and "B/s" in row["note"]
+
+
+@pytest.mark.jit_only("a real daemon serves")
+def test_how_long_a_packet_takes() -> None:
+    rows = net_table.measure(TABLES[-1], 1, 0.4)
+    assert len(rows) == 6 and {row["unit"] for row in rows} == {"us"}
+    for median, late in zip(rows[::2], rows[1::2]):
+        assert 0 < median["ours"] <= late["ours"]
+        assert all(run["sent"] <= run["requests"] + 1 for run in median["runs"])
+
+
+@pytest.mark.jit_only("a real daemon serves")
+def test_the_limit_of_a_vif_beside_what_was_asked() -> None:
+    """Not whether it is met; but that both directions are limited, and each is measured by itself."""
+    (work,) = (work for work in ROWS if work.key == "limit")
+    rows = net._measure(work, 1, 1.0)
+    assert [row["beside"] for row in rows] == [ASKED, ASKED]
+    assert {row["theirs"] for row in rows} == {work.ours.rate}
+    assert all(0.2 < row["median"] < 1.1 for row in rows)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="root makes network namespaces")
+@pytest.mark.jit_only("a real daemon serves")
+@pytest.mark.parametrize("kind", [Veth, Spliced, Ring])
+def test_iperf3_between_two_namespaces(kind: type[Between]) -> None:
+    for program in ("ip", "iperf3", "gcc"):
+        need(program)
+    with kind() as between:
+        found = between.both(1.0)
+        names = (between.a, between.b)
+    assert found["bytes_per_second"] > 1e6 < found["back"] and found["cpu_us"] > 0
+    said = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in said for name in names)

@@ -63,6 +63,15 @@ def test_the_table_says_what_was_met_missed_and_not_measured() -> None:
     assert report.text([]) == ""
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "met"),
+    [(0.99, 1.01, True), (0.5, 0.979, False), (0.5, 0.98, True), (1.02, 1.4, True), (1.03, 1.4, False), (0.5, 2, True)],
+)
+def test_what_is_to_be_within_so_much_of_1_may_miss_it_both_ways(low: float, high: float, met: bool) -> None:
+    assert report.judged(low, high, 0.02, "within") is met
+    assert "within 0.02" in report.text([a_row(target=0.02, sense="within")])
+
+
 def test_markdown_has_a_cell_for_each_heading_in_every_line() -> None:
     rows = [a_row(note="a | b"), {"work": "x", "beside": None, "missing": "no fio"}]
     lines = report.markdown(rows, MACHINE).splitlines()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from netback.groups import tidy
+from netback.kept_file import KeptFile
 from netback.multicast import amend, wants
 from netback.params import parse_rate
-from netback.records import MOST_GROUPS
+from netback.records import GROUPS, MOST_GROUPS
 from netback.switch import Port
 from pvdrivers.frontends.netfront import CSUM_BLANK, Frame
 from pvdrivers.frontends.netfront_keys import Wishes
@@ -116,13 +119,63 @@ def test_groups_beyond_the_limit_and_after_a_reconnect(net: Any) -> None:
 
 
 @daemon_serves
-def test_a_daemon_that_takes_over_knows_of_no_groups_and_filters_none(net: Any) -> None:
+def test_a_daemon_that_takes_over_knows_the_groups(net: Any) -> None:
     a, b = net.guest(), net.guest(wishes=Wishes(multicast=True))
-    assert not heard(a, b, A)
+    b.vif.groups.join(A)
+    for times in range(1, 3):
+        net.daemon.kill()
+        net.daemon.start()
+        until(lambda: heard(a, b, A))
+        assert not heard(a, b, B)
+        assert b.counted("filtered") == 1, "by this daemon"
+        b.vif.groups.join(B)
+        assert heard(a, b, B)
+        b.vif.groups.leave(B)
+        assert not heard(a, b, B)
+        assert b.vif.connections == 1, times
+
+
+@daemon_serves
+@pytest.mark.parametrize("what", ["is gone", "is of a connection before", "is a part of it"])
+def test_a_daemon_that_does_not_find_the_groups_filters_none(net: Any, what: str) -> None:
+    """Until the guest connects anew. What the file was is there no more then."""
+    a, b = net.guest(), net.guest(wishes=Wishes(multicast=True))
+    file = net.run_dir / "groups" / b.name
+    said = file.read_bytes()
+    assert said.startswith(f"pvdrivers groups 1 {b.name} ".encode())
+    b.vif.groups.join(A)
+    assert not heard(a, b, B)
     net.daemon.kill()
+    file.unlink()
+    if what != "is gone":
+        file.write_bytes(said.replace(b"+", b"-", 1) if "before" in what else said[:4096])
     net.daemon.start()
-    until(lambda: heard(a, b, A))
+    until(lambda: heard(a, b, B))
     assert b.vif.connections == 1
+    net.dom0.store.write(f"{b.backend}/state", 5)
+    until(lambda: b.vif.connections == 2)
+    until(lambda: not heard(a, b, B))
+    assert heard(a, b, A)
+    net.guests.remove(b)
+    b.end()
+    until(lambda: not file.exists())
+
+
+def test_a_list_that_a_process_has_died_in_is_one(tmp_path: Path) -> None:
+    """It has moved the last into the place of one that is to go, and not said yet that there is one less."""
+    path = tmp_path / "groups" / "vif-1-0"
+    file = KeptFile(path, GROUPS, "one", recover=False)
+    assert not file.found
+    file.record[0]["count"], file.record[0]["listed"][:4] = 3, (7, 9, 9, 11)
+    again = KeptFile(path, GROUPS, "one", recover=True)
+    assert again.found
+    tidy(again)
+    assert again.record[0]["count"] == 2 and set(again.record[0]["listed"][:2].tolist()) == {7, 9}
+    again.record[0]["count"] = 1 << 40
+    tidy(again)
+    assert again.record[0]["count"] <= MOST_GROUPS
+    assert not KeptFile(path, GROUPS, "another", recover=True).found
+    assert KeptFile(path, GROUPS, "another", recover=False).record[0]["count"] == 0
 
 
 @daemon_serves

@@ -4,6 +4,8 @@ are tested:
     XSA-39 -155 -423 -432 -448             test_request.py, test_hostile.py
     XSA-362 -367 -374                      test_hostile.py, test_switch.py, test_waiting.py
     XSA-392                                test_switch.py, test_waiting.py, and here
+    XSA-396 -405 -465                      test_xsa_front.py: they are about the frontend
+    XSA-424                                here
     num-queues 0                           test_hostile.py
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from pvdrivers.frontends.netfront import Frame
 from rings import netif
 
 from .conftest import until
@@ -125,6 +128,58 @@ def test_xsa_392_memory_is_bounded_whatever_a_receiver_does(net: Any) -> None:
     until(lambda: a.counted("sent") == 2100)
     assert memory_of(net.daemon.popen.pid) - before < 1 << 20
     assert b.counted("dropped") > 1000
+
+
+def test_xsa_424_packets_are_dropped_while_their_receivers_send(net: Any) -> None:
+    """CVE-2022-42328, -42329: what could not be delivered was freed under a lock that the free took, and the host stood
+    still. Guests that take nothing fill each other up, through all that drops: no room, no time, no carrier."""
+    a, b = (net.guest(queues=2, be={"rx_drain_timeout_msecs": 20}) for _ in range(2))
+    c, d = net.guest(), net.guest()
+    frames = [Frame(one.frame(to, bytes(n))) for one, to in ((a, b), (b, a)) for n in (60000, 46)]
+    over = threading.Event()
+    failed: list[BaseException] = []
+
+    def send(guest: Any, mine: list[Frame], queue: int) -> None:
+        try:
+            while not over.is_set():
+                guest.vif.send_all(mine * 8, timeout=10, queue=queue)
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=send, args=(guest, mine, queue)) for queue in (0, 1)
+               for guest, mine in ((a, frames[:2]), (b, frames[2:]))]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    try:
+        for key in ("down", "up", "down", "up"):
+            net.dom0.store.write(f"{b.backend}/link", key)
+            for _ in range(50):
+                talk(c, d)
+        for kind in ("dropped", "expired", "no carrier"):
+            until(lambda k=kind: a.counted(k) + b.counted(k) > 0)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not failed, "a sender waits for nobody who receives"
+    for guest, other in ((a, b), (b, a)):
+        until(lambda g=guest, o=other: _hears(g, o))
+
+
+def _hears(a: Any, b: Any) -> bool:
+    for queue in (0, 1):
+        try:
+            while True:
+                b.vif.receive_all(64, 0.01, queue=queue)
+        except TimeoutError:
+            pass
+    a.vif.send(a.frame(b, b"still here"))
+    for queue in (0, 1):
+        try:
+            return bool(b.vif.receive(0.2, queue=queue) == a.frame(b, b"still here"))
+        except TimeoutError:
+            pass
+    return False
 
 
 def test_xsa_403_a_granted_page_holds_nothing_but_its_packet(net: Any) -> None:

@@ -1,0 +1,48 @@
+"""The groups that a guest listens to, kept for the daemon that comes after one that was killed; see `multicast`.
+
+The worker writes the list where it stands, in such an order that it is one at each step; so a process that dies within
+an amendment leaves the list before it or behind it, with a group in it twice at the worst. What it has not answered is
+on the ring, and is made again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .kept_file import KeptFile
+from .records import GROUPS, MOST_GROUPS
+
+if TYPE_CHECKING:
+    from .backend import Front, VifBackend
+
+_VERSION = 1
+
+
+def keep_groups(device: VifBackend, said: Front, recover: bool) -> bool:
+    """Have the list of a vif's port in its file, empty for a new connection. Whether it is known: not if a process
+    before this one had it, and its file is not there. Raises PvError without room."""
+    uuid = device.context.platform.domain_uuid(device.ident.domid)
+    rings = " ".join(f"{q.tx_gref}+{q.rx_gref}+{q.tx_port}+{q.rx_port}" for q in said.queues)
+    file = KeptFile(_path(device), GROUPS, f"groups {_VERSION} {device.ident} {uuid} {rings}", recover=recover)
+    if file.found:
+        tidy(file)
+    device.port.use_groups(file)
+    return file.found or not recover
+
+
+def tidy(file: KeptFile) -> None:
+    """Make a list of whatever is found: each once, and no more than there may be."""
+    row = file.record[0]
+    listed = sorted(set(row["listed"][: min(int(row["count"]), MOST_GROUPS)].tolist()))
+    row["count"] = len(listed)
+    row["listed"][: len(listed)] = listed
+
+
+def forget_groups(device: VifBackend) -> None:
+    """The connection is over: nobody is to find what the guest has set."""
+    _path(device).unlink(missing_ok=True)
+
+
+def _path(device: VifBackend) -> Path:
+    return device.context.run_dir / "groups" / str(device.ident)

@@ -1,0 +1,182 @@
+"""Classes of the security list that are about the frontend: our netfront, and a backend that is not to be trusted.
+
+The backend of a vif on `null:` sends nothing by itself, so what it does here is done by the test in its place, in the
+pages that the two share, and by the grants of its domain. XSA-391 and -403 are in test_xsa.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from typing import Any
+
+import pytest
+
+from pvdrivers.frontends.netfront_keys import Wishes
+from pvdrivers.frontends.netfront_records import SLOTS
+from pvdrivers.xenbus import XenbusState
+from rings import netif
+
+from .conftest import Guest, until
+from .test_hostile import talk
+
+pytestmark = pytest.mark.jit_only("a real daemon serves")
+_PAGE = 4096
+MORE, EXTRA = netif.RXF_more_data, netif.RXF_extra_info
+
+
+def page_at(guest: Guest, gref: int) -> int:
+    """Where a page that is granted stands in the guest."""
+    queue = guest.vif.queues[0]
+    k = queue._keep["grefs"].tolist().index(gref)
+    pages = int(queue.record[0]["tx_pages" if k < SLOTS else "rx_pages"])
+    return pages + k % SLOTS * _PAGE
+
+
+@pytest.mark.parametrize("which", ["sent from", "received into"])
+def test_xsa_396_a_page_that_the_backend_keeps_is_used_for_nothing_else(net: Any, which: str) -> None:
+    """CVE-2022-23036 to -23042: access was said to be ended, and the page was used again while it was mapped."""
+    # Else the daemon has them mapped, and who maps a page of a guest is one process.
+    a, b = net.guest(wishes=Wishes(staging=False)), net.guest()
+    sent, received = a.vif.queues[0].grefs()
+    gref = (sent if which == "sent from" else received)[0]
+    kept = net.dom0.grants.map(a.domain.domid, [gref], readonly=which == "sent from")
+    try:
+        own = page_at(a, gref)
+        ctypes.memmove(own, b"what the backend may see".ljust(64), 64)
+        net.dom0.store.write(f"{a.backend}/state", 5)
+        until(lambda: a.vif.connections == 2 and a.vif.state == XenbusState.Connected)
+        # Not one grant is said to be over that is not, and none of what was allocated with it is free.
+        assert a.vif.stats()["stuck_grants"] == 1
+        assert not a.platform.pages.end(gref)
+        now = [int(a.vif.queues[0].record[0][name]) for name in ("tx_pages", "rx_pages")]
+        assert all(not at <= own < at + SLOTS * _PAGE for at in now), "its new rings stand somewhere else"
+        secret = b"only for the other guest"
+        for _ in range(2 * SLOTS):
+            a.vif.send(a.frame(b, secret))
+            assert b.vif.receive(5) == a.frame(b, secret)
+            b.vif.send(b.frame(a, secret))
+            assert a.vif.receive(5) == b.frame(a, secret)
+        spare = [a.platform.pages.alloc(1) for _ in range(32)]
+        for pages in spare:
+            ctypes.memmove(pages.address, secret.ljust(64), 64)
+        assert ctypes.string_at(kept.address, 24) == b"what the backend may see"
+        for pages in spare:
+            pages.free()
+    finally:
+        kept.unmap()
+    net.dom0.store.write(f"{a.backend}/state", 5)
+    until(lambda: a.vif.connections == 3 and a.vif.state == XenbusState.Connected)
+    assert a.vif.stats()["stuck_grants"] == 0
+    talk(a, b)
+
+
+class Backend:
+    """What stands in for the backend of a guest on `null:`: it puts responses on the rx ring."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.queue = guest.vif.queues[0]
+        self._slots = int(self.queue._keep["rx_end"][0]["slots"])
+        self._ring = self._slots & ~(_PAGE - 1)
+
+    def word(self, at: int) -> ctypes.c_uint32:
+        """req_prod 0, req_event 4, rsp_prod 8, rsp_event 12 (ring.h)."""
+        return ctypes.c_uint32.from_address(self._ring + at)
+
+    def answer(self, *responses: tuple[int, int, int, bytes] | bytes) -> None:
+        """(offset, flags, status, what stands in the page), or an extra."""
+        prod = self.word(8)
+        at = prod.value
+        for one in responses:
+            k = at & (SLOTS - 1)
+            raw = one
+            if not isinstance(raw, bytes):
+                offset, flags, status, data = raw
+                ctypes.memmove(int(self.queue.record[0]["rx_pages"]) + k * _PAGE + offset, data, len(data))
+                raw = struct.pack("<HHHh", k, offset, flags, status)
+            ctypes.memmove(self._slots + k * 8, raw.ljust(8, b"\0"), 8)
+            at += 1
+        prod.value = at
+        self.queue.wake()
+
+    def buffers(self) -> list[int]:
+        """The grefs of what is posted."""
+        found = []
+        for k in range(self.word(8).value, self.word(0).value):
+            id, _, gref = struct.unpack("<HHI", ctypes.string_at(self._slots + (k & (SLOTS - 1)) * 8, 8))
+            assert id == k & (SLOTS - 1)
+            found.append(gref)
+        return found
+
+
+XDP = b"\x05\0" + (64).to_bytes(2, "little")
+BAD = {
+    "an error in its first page": [(0, MORE | EXTRA, -1, b""), XDP, (0, 0, 64 + 100, bytes(64) + b"x" * 100)],
+    "an error in its last page": [(0, MORE | EXTRA, 64 + 100, b"x" * 164), XDP, (0, 0, -1, b"")],
+    "an error in each page": [(0, MORE | EXTRA, -1, b""), XDP, (0, MORE, -1, b""), (0, 0, -2, b"")],
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_xsa_405_of_a_packet_that_is_dropped_nothing_is_used_again(net: Any, bad: list[Any]) -> None:
+    """CVE-2022-33743: with XDP's headroom netfront went on with buffers that it had freed. Here each page is the
+    backend's again once, and the packet behind has its own bytes, whatever became of the one before."""
+    a = net.guest("null:")
+    backend = Backend(a)
+    every = sorted(backend.buffers())
+    assert len(set(every)) == SLOTS
+    good = a.frame(a, b"good" * 20)
+    for n in range(1, 2 * SLOTS // 5):
+        backend.answer(*bad, (0, EXTRA, 64 + len(good), bytes(64) + good), XDP)
+        assert a.vif.receive(5) == good
+        assert sorted(backend.buffers()) == every
+        assert a.vif.stats()["rx_errors"] == n
+    backend.answer((0, 0, len(good), good))
+    assert a.vif.receive(5) == good, "and no headroom is left over from one that had some"
+    assert a.vif.stats()["received"] == n + 1
+    assert not a.vif.failure
+
+
+def test_xsa_465_the_backend_is_gone_before_a_connection_is_made_again(net: Any) -> None:
+    """CVE-2024-53240: after a resume netfront has no queues until its backend is there again. It never is, and all
+    that may be asked of an interface is asked of it meanwhile; then it is removed."""
+    a, b = net.guest(), net.guest()
+    waiting = []
+
+    def wait_for_a_packet() -> None:
+        try:
+            a.vif.receive(20)
+        except OSError as e:
+            waiting.append(e)
+
+    thread = threading.Thread(target=wait_for_a_packet)
+    thread.start()
+    net.daemon.kill()
+    try:
+        for state in (XenbusState.Closed, XenbusState.Initialising, XenbusState.Closing):
+            net.dom0.store.write(f"{a.backend}/state", int(state))
+            until(lambda: a.vif.state != XenbusState.Connected)
+            for ask in (lambda: a.vif.send(a.frame(b, b"x"), timeout=0.1), lambda: a.vif.receive(0.1),
+                        lambda: a.vif.set_headroom(64, 0.1), lambda: a.vif.set_hash(bytes(40), timeout=0.1),
+                        lambda: a.vif.groups.join(b"\1\0\x5e\0\0\1")):  # fmt: skip
+                with pytest.raises(OSError):  # of which a TimeoutError is one
+                    ask()
+            assert a.vif.stats()["stuck_grants"] == 0
+        net.dom0.store.rm(a.backend)
+        a.vif.close()
+        thread.join(20)
+        assert not thread.is_alive() and len(waiting) == 1
+        a.vif.close()
+    finally:
+        net.daemon.start()
+    until(lambda: heard(b, net.guest()))
+
+
+def heard(a: Guest, b: Guest) -> bool:
+    a.vif.send(a.frame(b, b"still here"))
+    try:
+        return bool(b.vif.receive(0.2) == a.frame(b, b"still here"))
+    except TimeoutError:
+        return False
