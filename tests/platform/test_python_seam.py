@@ -161,7 +161,10 @@ def test_each_port_has_its_own_events(bed: Bed) -> None:
     assert sorted(back.pending()) == sorted(ours)
     for i in (0, 33, 69):
         front.notify(ports[i])
-    assert sorted(back.wait(5)) == sorted(ours[i] for i in (0, 33, 69))
+    seen: list[int] = []
+    while len(seen) < 3 and (came := back.wait(5)):
+        seen += came  # Xen takes them to several processors, and so they may come one after the other
+    assert sorted(seen) == sorted(ours[i] for i in (0, 33, 69))
     front.close()
     back.close()
 
