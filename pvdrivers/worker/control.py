@@ -165,7 +165,7 @@ class Worker:
             after, ended = time.monotonic_ns(), count_cycles()
             if ended > began:
                 w["cycle_scale"] = ((after - before) << 20) // (ended - began)
-                w["cycle_limit"] = (ended - began) * int(0.01 / _CALIBRATION_S)
+                w["cycle_limit"] = (ended - began) * int(0.1 / _CALIBRATION_S)
 
     def _new(self, size: int) -> Memory:
         memory = Memory(size)

@@ -30,6 +30,8 @@ DEEP = 8
 """From so many requests on that a guest keeps going it is worth it to wait for more."""
 LEAST_NS = 20_000
 """A shorter nap than this takes longer than it says."""
+_LONGEST_NS = 1 << 40
+"""Between two readings of the clock of which the second says how fast the counter goes: times 2**20 it is a number."""
 
 
 @inline
@@ -92,15 +94,18 @@ def nap_length(wa: int) -> int:
 @kernel
 def now_ns(wa: int) -> int:
     """CLOCK_MONOTONIC, or near it: where reading it is a system call (Xen's clock source often is), the processor's
-    counter stands in between two readings that are at most ten milliseconds apart."""
+    counter stands in between two readings that are at most a tenth of a second apart. Each says how fast that goes."""
     w = worker_at(wa)
     if w["cycle_scale"] == 0:
         return clock_monotonic()
     cycles = cycle_counter()
     passed = cycles - w["cycle_at"]
     if passed < 0 or passed >= w["cycle_limit"]:
-        w["cycle_ns"] = clock_monotonic()
-        w["cycle_at"] = cycles
+        now = i64(clock_monotonic())
+        took = now - w["cycle_ns"]
+        if passed > 0 and took < _LONGEST_NS:
+            w["cycle_scale"] = (took << 20) // passed
+        w["cycle_ns"], w["cycle_at"] = now, cycles
         passed = i64(0)
     # Never backwards: latencies are differences.
     return max(w["now"], w["cycle_ns"] + (passed * w["cycle_scale"] >> 20))

@@ -194,3 +194,19 @@ def test_the_time_by_the_counter_is_the_time() -> None:
         assert now >= last
         assert abs(now - time.monotonic_ns()) < 10**9
         last = now
+
+
+def test_how_fast_the_counter_goes_is_measured_again_and_again() -> None:
+    """Who was interrupted in the first measurement has it wrong until the next reading of the clock."""
+    bed = Bed()
+    w = bed.worker[0]
+    before, began = time.monotonic_ns(), count_cycles()
+    time.sleep(0.02)
+    after, ended = time.monotonic_ns(), count_cycles()
+    right = ((after - before) << 20) // (ended - began)
+    w["cycle_scale"], w["cycle_limit"] = right * 3, (ended - began) // 4
+    for _ in range(2):
+        w["now"] = nap.now_ns(bed.wa)
+        time.sleep(0.02)
+    nap.now_ns(bed.wa)
+    assert 0.5 < w["cycle_scale"] / right < 2
