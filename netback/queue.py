@@ -32,7 +32,7 @@ from .captured import capture_sent
 from .drain import drain
 from .forward import fetch, forward, packet_of
 from .limit import charge, end_turn, has_credit, may_begin
-from .multicast import amend
+from .multicast import BUSY, amend
 from .records import BATCH, HEAD, N_REFUSED, N_SENT, P_CONTROL, P_FATAL, P_SEND, packet_at, port_at, switch_at
 from .request import plan
 from .table import join
@@ -129,7 +129,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if not may_begin(wa, port["from_guest"], q["index"], ra):
         ring["blocked"] = 1
         return 0
-    swa = port["switch"]
+    swa = ring["local"]
     sw = switch_at(swa)
     _take(ra, sw["slots"], n)
     packets = i64(0)
@@ -144,6 +144,8 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             break
         if packet["verdict"] == P_CONTROL:
             packet["status"] = amend(porta, packet["mcast"], packet["mcast_addr"])
+            if packet["status"] == BUSY:
+                break
         elif packet["verdict"] == P_SEND:
             charge(port["from_guest"], q["index"], packet["size"])
         packet["at"] = at
@@ -152,6 +154,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             packet["want"] = packet["size"]
         at += took
         packets += 1
+    end_turn(port["from_guest"], q["index"], 1 if at < n else 0)
     stats_at(ring["stats"])["grants_copied"] += fetch(wa, swa, packets)
     if port["capture"] != 0:
         for k in range(packets):
@@ -161,7 +164,6 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
         _respond(ra, swa, packet_of(swa, k))
     advance(ring["end"], at)
     note_taken(ra, packets)
-    end_turn(port["from_guest"], q["index"], 1 if at < n else 0)
     if fault != 0:
         _publish(wa, ra)  # what came before it is as good as any
         mark_dead(ra, V_CLASS + fault)
@@ -178,9 +180,9 @@ def step_rx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     ring["blocked"] = 1
     porta = ring["device"]
     if abandoned == 0:
-        join(port_at(porta)["switch"], porta, worker_at(wa)["now"])
+        join(ring["local"], porta, worker_at(wa)["now"])
         if port_at(porta)["handed_over"] == 0:
-            drain(wa, port_at(porta)["switch"], ra)
+            drain(wa, ring["local"], ra)
     return 0
 
 

@@ -236,6 +236,18 @@ class Worker:
         self.ring_doorbell()
         return self._passes != before and not self.failed
 
+    def come_round(self, timeout: float = 5.0) -> bool:
+        """Wait until no pass is under way that had begun before. False if the time was over, or its loop has ended."""
+        passes, deadline = int(self._record[0]["passes"]), time.monotonic() + timeout
+        if self._thread is None:
+            return True
+        while int(self._record[0]["passes"]) - passes < 2:
+            if self.failed or time.monotonic() > deadline:
+                return False
+            self.ring_doorbell()
+            time.sleep(0.0002)
+        return True
+
     def ring_doorbell(self) -> None:
         """Have the worker look at the states of its rings."""
         os.eventfd_write(self.doorbell, 1)
