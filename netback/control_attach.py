@@ -57,6 +57,7 @@ class Control:
         self.staging = Staging(device, queues, offer(device, queues, device.spec.staging))
         row = self.record[0]
         row["hashes"], row["queues"] = self.file.address, queues
+        row["worker"] = device.queues[-1].worker.address
         row["payload"], row["stages"] = self._memory.address, self.staging.address
         row["request"], row["response"] = self._memory.address + 4096, self._memory.address + 4096 + 64
 

@@ -5,9 +5,9 @@
     gather    those that are looked into as a whole, or leave by a file descriptor: the rest of their bytes, in one call
     send      to each receiver, in one call for all
 
-Where a switch has several shards (see `crossing`), a receiver's queue may be another worker's. Then the packet goes there
-once, whoever its receivers there are, and that shard sends it on: to those whose queue, chosen as it was here, is its
-own, and never to a third.
+Where a switch has several shards (see `crossing`), a receiver's queue may be another worker's. Then the packet goes
+there once, whoever its receivers there are, and that shard sends it on: to those whose queue, chosen as it was here, is
+its own, and never to a third.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rings.vnet import CSUM_BLANK
 
 from .crossing import cross, send_links
 from .deliver import begin, flush, takes_blank
-from .hashing import choose_queue
 from .frame import fill_checksum, parse
 from .gather import gather
+from .hashing import choose_queue
 from .port_out import to_port
 from .receive import may_leave, takes_whole, to_vif
 from .records import (

@@ -6,11 +6,12 @@ which are a copy of ours. Positions run freely, in bytes. What each side writes 
     producer    written     private: behind the last packet that was put; it has not been published yet
                 published   release, pairs with the acquire in `collect`: who sees it sees the packets before it
     consumer    taken       private: behind the last packet that was taken
-                freed       release, pairs with the acquire in `_has_room`: who sees it may write over what was before it
+                freed       release, pairs with the acquire in `_has_room`: who sees it may write over what was before
 
-A shard has one INBOX for all links to it, and the consumer sleeps and wakes by that as by a ring of a guest (rings.ring,
-`final_check`): `rung` counts what was published to it, and `event` is the count that it wants to be woken by. Since
-several producers count, that is done by one atomic addition for what a pass has put, and not for each packet.
+A shard has one INBOX for all links to it, and the consumer sleeps and wakes by that as by a ring of a guest
+(`final_check` of rings.ring): `rung` counts what was published to it, and `event` is the count that it wants to be
+woken by. Since several producers count, that is done by one atomic addition for what a pass has put, and not for each
+packet.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rings.netif import EXTRA_MCAST_ADD, RSP_ERROR, RSP_OKAY
 from .records import AMENDING_AT, MOST_GROUPS, port_at
 
 BROADCAST = 0xFFFFFFFFFFFF
-BUSY = 1
+BUSY = 2
 """No answer: another worker is at the list."""
 
 

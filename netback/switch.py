@@ -122,8 +122,8 @@ class Switch:
             store_word(self._shards.common + JOINS_AT, self._epoch)
 
     def leave(self, port: Port) -> None:
-        """When this returns nothing more is sent to it, and no worker but those of its rings knows it. Harmless a second
-        time."""
+        """When this returns nothing more is sent to it, and no worker but those of its rings knows it. Harmless a
+        second time."""
         with self._lock:
             self._count(port, -1)
             port.queues = 0

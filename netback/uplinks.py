@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MTU = 1500
 QUEUES = 4
-"""Of an uplink, or one for each shard of its switch: what a shard sends leaves by its own. Flows are spread over them."""
+"""Of an uplink; with more workers one for each, so that what a worker sends leaves by its own."""
 
 
 def uplinks_of(options: Mapping[str, Any]) -> dict[str, PortSpec]:
