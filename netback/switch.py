@@ -160,7 +160,7 @@ _switches_lock = threading.Lock()
 
 
 def find_switch(pool: WorkerPool, name: str) -> Switch:
-    """The switch of a name, which has all workers."""
+    """The switch of a name, which has all workers, as far as a switch may have so many."""
     with _switches_lock:
         mine = _switches.setdefault(pool, {})
         if name not in mine:

@@ -14,6 +14,8 @@ from .errors import PlatformError
 from .worker.control import Worker
 from .worker.words import store_word
 
+_ROUND_SECONDS = 5.0
+
 
 class CaptureMemory:
     """A capture ring for one device: memory that has a file, which another process may map."""
@@ -49,4 +51,4 @@ def point_to(word: int, memory: CaptureMemory | None, workers: Iterable[Worker])
     store_word(word, 0 if memory is None else memory.address)
     if memory is None:
         for worker in workers:
-            worker.come_round()
+            worker.come_round(_ROUND_SECONDS)
