@@ -125,7 +125,7 @@ MAX_SHARDS = 16
 """Workers that one switch is spread over."""
 MAX_PORTS = 256
 MAX_LEARNED = 256
-"""Addresses learned behind a port: one that floods the table with more pushes out its own."""
+"""Addresses learned behind a port, in each shard: one that floods the table with more pushes out its own."""
 
 MAX_LEARNED_OUTSIDE = 2048
 """... and behind one that leads out of the process, where a whole network may be."""
