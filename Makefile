@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 SAME := --hypothesis-profile=ci
 # What also runs with the JIT off and with bounds checks: everything that decides over bytes from a stranger.
 PURE_TESTS = tests/rings $(wildcard tests/*/test_request*.py) \
-	$(addprefix tests/netback/test_,frame.py table.py vlan.py capture_ring.py cut.py mtu.py waiting.py)
+	$(addprefix tests/netback/test_,frame.py table.py vlan.py capture_ring.py cut.py mtu.py waiting.py link.py)
 SECONDS ?= 60
 ARGS ?=
 BED ?=

@@ -49,6 +49,7 @@ def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> R
     row["finish"] = address_of(queue.finish)
     row["end"], row["device"] = end.ctypes.data, device.port.address
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, device.ident.domid
+    row["local"] = state.shard.address
     row["blocked"], row["priv"] = 0 if tx else 1, state.queue.ctypes.data
     if not tx:
         row["offered"] = 1

@@ -38,6 +38,7 @@ from .records import (
     PORT_VIF,
     RX_QUEUE,
 )
+from .shards import Shard
 from .switch import Port, Switch, find_switch
 from .uplinks import uplinks_of
 
@@ -180,20 +181,22 @@ class VifBackend(Device):
         if self.spec.port.kind == "switch":
             self.switch = find_switch(pool, self.spec.port.name)
         else:
-            self.switch = Switch(str(self.ident), pool.choose(1)[0], wire=True)
+            workers = pool.choose(min(len(said.queues), len(pool.workers)))
+            self.switch = Switch(str(self.ident), workers, wire=True)
+        self.switch.settle(self.port, len(said.queues))
         self.port.mac, self.port.vlan, self.port.trunk = self.spec.mac, self.spec.port.vlan, self.spec.port.trunk
         if self.port.trunk is not None:
             # A guest knows no blank checksum, and no segments, behind a tag (Linux: skb_checksum_setup).
             said.accepts &= ACCEPTS_SG
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"] = PORT_VIF, domid, said.accepts
-        row["handed_over"] = row["n_out"] = row["stalled"] = row["hashes"] = 0
+        row["handed_over"] = row["n_out"] = row["stalled"] = row["hashes"] = row["amending"] = 0
         row["headroom"] = said.headroom
         self.groups_known = keep_groups(self, said, recover)
         row["notifies"], row["filters"] = said.notifies, said.filters and self.groups_known
         apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
-            state = QueueState(self.switch.worker)
+            state = QueueState(self.switch.shard_of(self.port, q))
             self.queues.append(state)
             for gref in (keys.tx_gref, keys.rx_gref):
                 state.mappings.append(platform.grants.map(domid, [gref]))
@@ -204,8 +207,8 @@ class VifBackend(Device):
             row["out"][q] = attach_ring(self, state, q, tx=False).address
             attach_ring(self, state, q, tx=True)
         if said.control is not None:
-            self.queues.append(QueueState(self.switch.worker))
-            attach_control(self, self.switch.worker, said.control, self.queues[-1], recover)
+            self.queues.append(QueueState(self.switch.shard_of(self.port, 0)))
+            attach_control(self, said.control, self.queues[-1], recover)
         self.switch.join(self.port)
         self.other_side.attach(self.switch, len(said.queues), said.accepts, self)
         for state in self.queues:
@@ -240,7 +243,8 @@ class VifBackend(Device):
         if self.groups_known:
             self.port.record[0]["filters"] = wants_filter(store, self.ident)
         if self.switch is not None:
-            self.switch.worker.ring_doorbell()  # who waits for a slow rate waits for another now
+            for worker in self._workers():
+                worker.ring_doorbell()  # who waits for a slow rate waits for another now
         self.other_side.make_again()
         return carrier(self.port)
 
@@ -268,8 +272,11 @@ class VifBackend(Device):
 
     def capture(self, memory: CaptureMemory | None) -> None:
         """Have its packets captured; None: no more, and when this returns nobody does."""
-        switch = self.switch
-        point_to(self.port.address + CAPTURE_AT, memory, None if switch is None else switch.worker)
+        point_to(self.port.address + CAPTURE_AT, memory, self._workers())
+
+    def _workers(self) -> list[Worker]:
+        """All that have to do with it."""
+        return [] if self.switch is None else [shard.worker for shard in self.switch.shards]
 
     def port_lost(self, error: int) -> str:
         """What is on the other side is gone: in words."""
@@ -289,6 +296,8 @@ class VifBackend(Device):
         for state in self.queues:
             self._release_queue(state)
         self.queues = []
+        if self.switch is not None:
+            self.switch.close()
         self.switch = None
 
     def _release_queue(self, state: QueueState) -> None:
@@ -303,7 +312,8 @@ class VifBackend(Device):
 class QueueState:
     """What one queue holds on to, in the order in which it was got."""
 
-    worker: Worker
+    shard: Shard
+    """Of the switch, and so of a worker."""
     mappings: list[Any] = field(default_factory=list)
     tx_port: int = -1
     rx_port: int = -1
@@ -313,14 +323,19 @@ class QueueState:
     queue: np.ndarray = field(default_factory=lambda: np.zeros(1, RX_QUEUE))
     """Its RX_QUEUE."""
 
+    @property
+    def worker(self) -> Worker:
+        """Whose it is."""
+        return self.shard.worker
+
 
 def warm() -> None:
     """Compile all that serves a vif, before the first InitWait."""
-    from . import attach, port_in, queue, staging_share
+    from . import attach, inbox, port_in, queue, staging_share
 
     attach.warm()
     staging_share.warm()
-    del port_in, queue
+    del inbox, port_in, queue
 
 
 assert OFFERED_QUEUES <= MAX_QUEUES

@@ -58,6 +58,7 @@ class Control:
         self.staging = Staging(device, queues, offer(device, queues, device.spec.staging))
         row = self.record[0]
         row["hashes"], row["queues"] = self.file.address, queues
+        row["worker"] = device.queues[-1].worker.address
         row["payload"], row["stages"] = self._memory.address, self.staging.address
         row["request"], row["response"] = self._memory.address + 4096, self._memory.address + 4096 + 64
 
@@ -78,13 +79,13 @@ class _Release:
         self.control.staging.release(self.worker)
 
 
-def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state: QueueState, recover: bool) -> None:
+def attach_control(device: VifBackend, keys: ControlKeys, state: QueueState, recover: bool) -> None:
     """Map it, bind its port, fill in its RING. The worker is not told yet.
 
     Raises ProtocolViolation for indices that no ring can have, PlatformError for a page or a port that is not there.
     """
     assert device.counters is not None
-    domid = device.ident.domid
+    domid, worker = device.ident.domid, state.worker
     control = Control(device, keys, len(device.queues) - 1, recover=recover)
     # Before what may fail: whatever it has set aside or mapped is given back with the others.
     state.mappings.append(_Release(control, worker))
@@ -101,6 +102,7 @@ def attach_control(device: VifBackend, worker: Worker, keys: ControlKeys, state:
     row["step"], row["finish"] = address_of(control_ring.step_control), address_of(queue.finish)
     row["end"], row["device"], row["priv"] = end.ctypes.data, device.port.address, control.address
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, domid
+    row["local"] = state.shard.address
     row["stats"] = device.counters.address(0)
     device.port.record[0]["hashes"] = control.file.address
     for q, other in enumerate(device.queues[:-1]):

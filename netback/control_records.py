@@ -62,6 +62,9 @@ CONTROL = np.dtype(
         ("nbytes", "i8"),  # ... and how many bytes
         ("stage", "i8"),  # address of the STAGE that it is about,
         ("count", "i8"),  # ... and how many grefs the payload lists
+        ("fetched", "i8"),  # GNTST_* of the page that it was fetched from
+        ("worker", "i8"),  # address of the WORKER of the control ring
+        ("away", "i8"),  # the request is with the worker of its STAGE, which has all of this meanwhile
     ],
     align=True,
 )

@@ -37,8 +37,7 @@ from rings.vnet import CSUM_BLANK, CSUM_NONE
 from .captured import capture_received
 from .extras import count_extras, put_extras
 from .gather import gather
-from .hashing import choose_queue
-from .limit import charge, is_free
+from .limit import may_pass
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -257,7 +256,8 @@ def slots_of(pa: int, headroom: int) -> int:
 
 
 @inline
-def _new_delivery(wa: int, swa: int, pa: int, ra: int) -> Any:
+def new_delivery(wa: int, swa: int, pa: int, ra: int) -> Any:
+    """The next DELIVERY of the batch: `kept` and `slots` are for the caller. `ra` is 0 if it is kept, and no ring's."""
     sw = switch_at(swa)
     # All copies of a packet are in one batch: when one fails all of its slots are there to be changed.
     if sw["n_deliveries"] == MAX_DELIVERIES or sw["n_ops"] + MOST_COPIES > worker_at(wa)["max_ops"]:
@@ -273,7 +273,7 @@ def _new_delivery(wa: int, swa: int, pa: int, ra: int) -> Any:
 def place(wa: int, swa: int, pa: int, ra: int, headroom: int) -> None:
     """Put a packet on a receiver's ring, which has buffers for it: as many as slots_of() says."""
     ring = ring_at(ra)
-    delivery = _new_delivery(wa, swa, pa, ra)
+    delivery = new_delivery(wa, swa, pa, ra)
     delivery["slots"], delivery["first"] = slots_of(pa, headroom), records(ring["end"], 1, RING_END)[0]["cons"]
     _fill_pages(wa, swa, pa, ra, headroom, i64(count_extras(pa, headroom)))
     stats = stats_at(ring["stats"])
@@ -287,11 +287,9 @@ def place(wa: int, swa: int, pa: int, ra: int, headroom: int) -> None:
 @kernel
 def _have_wait(wa: int, swa: int, pa: int, ra: int) -> int:
     """Keep a packet until there are buffers for it, or credit: 0 if there is no room for it."""
-    w = worker_at(wa)
-    sw = switch_at(swa)
     ring = ring_at(ra)
     packet = packet_at(pa)
-    kept = i64(keep(ring["priv"], pa, w["now"] + port_at(ring["device"])["drain_ns"]))
+    kept = i64(keep(ring["priv"], pa, worker_at(wa)["now"] + port_at(ring["device"])["drain_ns"]))
     if kept == 0:
         stats_at(ring["stats"])["kinds"][N_DROPPED] += 1
         return i64(0)
@@ -299,32 +297,36 @@ def _have_wait(wa: int, swa: int, pa: int, ra: int) -> int:
         mark_ready(wa, ra)  # to see to it that the wait ends
     if packet["have"] == packet["size"]:
         return i64(1)
-    delivery = _new_delivery(wa, swa, pa, ra)
-    delivery["slots"], delivery["kept"] = 0, kept
-    first = sw["n_ops"]
-    sw["n_ops"] = gather(wa, pa, packet_at(kept)["data"], packet["size"], first)
-    stats_at(ring["stats"])["grants_copied"] += sw["n_ops"] - first
-    owners = records(w["owners"], w["max_ops"], _I8)
-    for k in range(first, sw["n_ops"]):
-        owners[k] = sw["n_deliveries"] - 1
+    gather_kept(wa, swa, pa, kept, ra, ring["stats"])
     return i64(1)
 
 
 @kernel
-def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
-    """Deliver a packet to the guest behind a port, by the queue that its flow belongs to, now or later.
+def gather_kept(wa: int, swa: int, pa: int, kept: int, ra: int, stats: int) -> None:
+    """Have the bytes of a packet that are not private put to where a copy of it is kept, by the batch. If one cannot be
+    had, PACKET.status of both says so."""
+    w, sw = worker_at(wa), switch_at(swa)
+    delivery = new_delivery(wa, swa, pa, ra)
+    delivery["slots"], delivery["kept"] = 0, kept
+    first = sw["n_ops"]
+    sw["n_ops"] = gather(wa, pa, packet_at(kept)["data"], packet_at(pa)["size"], first)
+    stats_at(stats)["grants_copied"] += sw["n_ops"] - first
+    owners = records(w["owners"], w["max_ops"], _I8)
+    for k in range(first, sw["n_ops"]):
+        owners[k] = sw["n_deliveries"] - 1
+
+
+@kernel
+def to_guest(wa: int, swa: int, pa: int, ra: int) -> int:
+    """Deliver a packet to the guest behind an rx ring, which is this worker's, now or later.
 
     1 if so; 0 if it is lost, and the next one like it would be.
     """
-    port = port_at(porta)
     packet = packet_at(pa)
-    queues = port["n_out"]
-    if queues == 0:
-        return i64(0)
-    ra = port["out"][choose_queue(porta, pa, queues)]
     ring = ring_at(ra)
     if ring["state"] != RING_ACTIVE:
         return i64(0)
+    port = port_at(ring["device"])
     stats = stats_at(ring["stats"])
     headroom = port["headroom"]
     if not accepted(packet, port["accepts"], pages_of(packet, headroom)):
@@ -340,8 +342,7 @@ def to_guest(wa: int, swa: int, pa: int, porta: int) -> int:
         return i64(0)
     limit = port["to_guest"]
     q = rx_queue_at(ring["priv"])
-    if n < need or q["count"] > 0 or not is_free(limit, worker_at(wa)["now"]):
+    if n < need or q["count"] > 0 or not may_pass(limit, q["index"], packet["size"], worker_at(wa)["now"]):
         return i64(_have_wait(wa, swa, pa, ra))
-    charge(limit, q["index"], packet["size"])
     place(wa, swa, pa, ra, headroom)
     return i64(1)

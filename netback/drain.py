@@ -17,13 +17,13 @@ from pvdrivers.syscalls import eventfd_add
 from pvdrivers.worker.alarm import wake_at
 from pvdrivers.worker.marks import mark_dead, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import V_OVERFLOW
-from rings.atomics import full_barrier, i64, records, store_once32
+from rings.atomics import fetch_add64, full_barrier, i64, records, store_once32
 from rings.jit import inline, kernel
 from rings.ring import CORRUPT, RING_END, available
 
 from .deliver import accepted, begin, flush, pages_of, place, slots_of
 from .limit import charge, end_turn, has_credit, may_begin
-from .records import BATCH, N_EXPIRED, N_UNSUPPORTED, packet_at, port_at
+from .records import BATCH, N_EXPIRED, N_UNSUPPORTED, STALLED_AT, packet_at, port_at
 from .waiting import first_of, following, let_go, rx_queue_at
 
 POLL_NS = 1_000_000
@@ -94,7 +94,8 @@ def _ask(ra: int, slots: int) -> bool:
 def _say_stalled(wa: int, ra: int, stalled: int) -> None:
     ring = ring_at(ra)
     ring["stalled"] = stalled
-    port_at(ring["device"])["stalled"] += 1 if stalled != 0 else -1
+    # Rings of other workers may stall, too.
+    fetch_add64(ring["device"] + STALLED_AT, 1 if stalled != 0 else -1)
     eventfd_add(worker_at(wa)["alert_fd"], 1)
 
 

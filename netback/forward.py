@@ -4,6 +4,10 @@
     route     learn who sent it, find who is to have it
     gather    those that are looked into as a whole, or leave by a file descriptor: the rest of their bytes, in one call
     send      to each receiver, in one call for all
+
+Where a switch has several shards (see `crossing`), a receiver's queue may be another worker's. Then the packet goes
+there once, whoever its receivers there are, and that shard sends it on: to those whose queue, chosen as it was here, is
+its own, and never to a third.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 from rings.vnet import CSUM_BLANK
 
+from .crossing import cross, send_links
 from .deliver import begin, flush, takes_blank
 from .frame import fill_checksum, parse
 from .gather import gather
+from .hashing import choose_queue
 from .port_out import to_port
 from .receive import may_leave, takes_whole, to_vif
 from .records import (
@@ -35,10 +41,12 @@ from .records import (
     port_at,
     switch_at,
 )
-from .table import find, learn
+from .table import find, learn, look_for_new
 from .vlan import admits, classify, retag, suits
 
 _PACKET_SIZE = PACKET.itemsize
+_LOOK, _SEND, _AGAIN = range(3)
+"""What _each() does: notes what is needed; sends; sends what was tagged or untagged meanwhile."""
 
 
 @inline
@@ -76,6 +84,8 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
     packet["to"] = index if index >= 0 else TO_ALL
     if index == port_at(porta)["index"]:
         packet["to"] = TO_NOBODY
+    elif index >= 0 and switch_at(swa)["shards"] > 1 and switch_at(swa)["ports"][index] != 0:
+        packet["epoch"] = port_at(switch_at(swa)["ports"][index])["epoch"]
 
 
 @inline
@@ -92,15 +102,27 @@ def _note_wishes(pa: int, porta: int) -> None:
 
 
 @inline
-def _send_to(wa: int, swa: int, pa: int, porta: int) -> None:
+def _send_to(wa: int, swa: int, pa: int, porta: int, ra: int) -> None:
     if port_at(porta)["kind"] == PORT_VIF:
-        to_vif(wa, swa, pa, porta)
+        to_vif(wa, swa, pa, porta, ra)
     else:
-        to_port(pa, porta)
+        to_port(pa, ra)
+
+
+@inline
+def _queue_of(swa: int, pa: int, porta: int) -> int:
+    """The queue of a receiver that a packet goes to; -1 if it has none, as it leaves."""
+    port = port_at(porta)
+    queues = port["n_out"]
+    if queues == 0:
+        return i64(-1)
+    if port["kind"] != PORT_VIF and switch_at(swa)["shards"] <= 1:
+        return packet_at(pa)["hash"] % queues
+    return choose_queue(porta, pa, queues, switch_at(swa)["shards"])
 
 
 @kernel
-def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
+def _each(wa: int, swa: int, porta: int, pa: int, what: int) -> int:
     """For every receiver of a packet: send it if its tag is as that wants it, or note what is needed. How many there
     are."""
     sw = switch_at(swa)
@@ -113,18 +135,30 @@ def _each(wa: int, swa: int, porta: int, pa: int, send: int) -> int:
         other = sw["ports"][i]
         if other == 0 or other == porta:
             continue
-        if sw["vlans"] != 0:
-            if not admits(pa, other):
+        if sw["vlans"] != 0 and not admits(pa, other):
+            continue
+        k = i64(-1)
+        if sw["shards"] > 1:
+            k = i64(_queue_of(swa, pa, other))
+            there = (port_at(other)["home"] + k) % sw["shards"] if k >= 0 else sw["shard"]
+            if there != sw["shard"]:
+                # Here only if it is from here; one that has come by a link was sent there as well.
+                if packet_at(pa)["origin"] == sw["shard"]:
+                    found += 1
+                    if what == _SEND:
+                        packet_at(pa)["links"] |= i64(1) << there
                 continue
-            if not suits(pa, other):
-                if send != 0:
-                    continue
-                packet_at(pa)["retag"] = 1
+        elif what != _LOOK:
+            k = i64(_queue_of(swa, pa, other))
+        if sw["vlans"] != 0 and not suits(pa, other):
+            if what != _LOOK:
+                continue
+            packet_at(pa)["retag"] = 1
         found += 1
-        if send != 0:
-            _send_to(wa, swa, pa, other)
-        else:
+        if what == _LOOK:
             _note_wishes(pa, other)
+        elif k >= 0:
+            _send_to(wa, swa, pa, other, port_at(other)["out"][k])
     return found
 
 
@@ -161,6 +195,12 @@ def _goes_on(packet: Any) -> bool:
     return packet["verdict"] == P_SEND and packet["status"] == 0
 
 
+@inline
+def _source(porta: int, pa: int) -> int:
+    """The port that a packet has come by; 0 for `porta`: to another shard."""
+    return porta if porta != 0 else packet_at(pa)["source"]
+
+
 @kernel
 def _send_retagged(wa: int, swa: int, porta: int, n: int) -> None:
     """To those that want packets the other way: with a tag, or without. All others have been copied by then."""
@@ -171,7 +211,7 @@ def _send_retagged(wa: int, swa: int, porta: int, n: int) -> None:
         if _goes_on(packet) and packet["to"] != TO_NOBODY and packet["retag"] != 0:
             retag(pa)
             packet["retag"] = 2
-            _each(wa, swa, porta, pa, 1)
+            _each(wa, swa, _source(porta, pa), pa, _AGAIN)
     flush(wa, swa)
     for k in range(n):
         pa = packet_of(swa, k)
@@ -182,19 +222,36 @@ def _send_retagged(wa: int, swa: int, porta: int, n: int) -> None:
 
 
 @kernel
+def _still_there(swa: int, pa: int) -> bool:
+    """Whether the port is the one that a packet was sent to, by another shard."""
+    packet = packet_at(pa)
+    to = packet["to"]
+    if to == TO_ALL:
+        return True
+    porta = switch_at(swa)["ports"][to]
+    return porta != 0 and port_at(porta)["epoch"] == packet["epoch"]
+
+
+@kernel
 def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
     """Send on the switch's first n packets, which have come by a port and of which the first bytes are private.
 
-    Of those that are refused, or become so, PACKET.status is not 0. When it returns nothing is on its way.
+    Of those that are refused, or become so, PACKET.status is not 0. When it returns nothing is on its way but to
+    another shard.
     """
     begin(swa)
+    several = switch_at(swa)["shards"] > 1
+    if several:
+        look_for_new(swa, worker_at(wa)["now"])
     for k in range(n):
         pa = packet_of(swa, k)
         packet = packet_at(pa)
         if _goes_on(packet):
             packet["fill"] = 0
+            if several:
+                packet["origin"], packet["source"], packet["links"] = switch_at(swa)["shard"], porta, 0
             _route(wa, swa, porta, pa, stats)
-            if packet["to"] != TO_NOBODY and _each(wa, swa, porta, pa, 0) == 0:
+            if packet["to"] != TO_NOBODY and _each(wa, swa, porta, pa, _LOOK) == 0:
                 packet["to"] = TO_NOBODY
                 stats_at(stats)["kinds"][N_NOBODY] += 1
     stats_at(stats)["grants_copied"] += fetch(wa, swa, n)
@@ -204,7 +261,37 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
         if _goes_on(packet):
             if packet["fill"] != 0:
                 fill_checksum(pa)
-            _each(wa, swa, porta, pa, 1)
+            _each(wa, swa, porta, pa, _SEND)
+            if several and packet["links"] != 0:
+                cross(wa, swa, pa, stats)
     if switch_at(swa)["vlans"] != 0:
         _send_retagged(wa, swa, porta, n)
+    flush(wa, swa)
+    if several:
+        send_links(swa)  # not before: all of their bytes are there, or they say that they are not
+
+
+@kernel
+def deliver_arrived(wa: int, swa: int, n: int) -> None:
+    """Send on the switch's first n packets, which have come from other shards: all of their bytes are private."""
+    begin(swa)
+    look_for_new(swa, worker_at(wa)["now"])
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet):
+            packet["fill"] = 0
+            if _still_there(swa, pa):
+                _each(wa, swa, packet["source"], pa, _LOOK)
+            else:
+                packet["to"] = TO_NOBODY
+    for k in range(n):
+        pa = packet_of(swa, k)
+        packet = packet_at(pa)
+        if _goes_on(packet):
+            if packet["fill"] != 0:
+                fill_checksum(pa)
+            _each(wa, swa, packet["source"], pa, _SEND)
+    if switch_at(swa)["vlans"] != 0:
+        _send_retagged(wa, swa, i64(0), n)
     flush(wa, swa)

@@ -23,7 +23,7 @@ from rings.netif import (
     toeplitz,
 )
 
-from .control_records import KEY_AT, MAPPING_AT, MOST_HASHED, MOST_KEY, NIBBLES_AT, current, hash_at
+from .control_records import KEY_AT, MAPPING_AT, MOST_HASHED, MOST_KEY, MOST_MAPPING, NIBBLES_AT, current, hash_at
 from .records import packet_at, port_at
 
 NO_HASH = 0
@@ -80,32 +80,47 @@ def flow_hash(ha: int, pa: int) -> int:
     return i64(NO_HASH)
 
 
+@inline
+def _spread(porta: int, pa: int, flow: int, queues: int, shards: int) -> int:
+    """The queue of a flow: one that is in the shard where the packet came in, if there is such, so that it stays with
+    one worker."""
+    if shards <= 1:
+        return flow % queues
+    first = (packet_at(pa)["origin"] - port_at(porta)["home"]) % shards
+    if first >= queues:
+        return flow % queues
+    return first + flow % ((queues - first + shards - 1) // shards) * shards
+
+
 @kernel
-def choose_queue(porta: int, pa: int, queues: int) -> int:
+def choose_queue(porta: int, pa: int, queues: int, shards: int) -> int:
     """Which of `queues` a packet goes to; PACKET.tell becomes what the guest is told of its hash, or NO_HASH.
 
     A guest that has asked for a hash is told it, or else what the sender has said. One that has not is told nothing,
-    and its queue is that of the flow.
+    and its queue is that of the flow. The answer is the same in every shard of the switch: both ends of a link ask.
     """
     packet = packet_at(pa)
     packet["tell"] = NO_HASH
     flow = packet["said"] & 0xFFFFFFFF if packet["said"] != NO_HASH else packet["hash"]
     hashes = port_at(porta)["hashes"]
     if hashes == 0:
-        return flow % queues
+        return _spread(porta, pa, flow, queues, shards)
     ha = current(hashes)
     h = hash_at(ha)
     if h["algorithm"] == HASH_ALGORITHM_NONE:
-        return flow % queues
+        return _spread(porta, pa, flow, queues, shards)
     packet["tell"] = packet["said"]
     if h["types"] == 0:
-        return flow % queues
+        return _spread(porta, pa, flow, queues, shards)
     found = i64(flow_hash(ha, pa))
     value = i64(0)
     if found != NO_HASH:
         packet["tell"] = found
         value = found & 0xFFFFFFFF
-    if h["entries"] == 0:
+    # Once: the control ring may be another worker's, which changes this one twice while we look at it. What is found
+    # then is of one state or another, and no more than that.
+    entries = i64(h["entries"])
+    if entries <= 0 or entries > MOST_MAPPING:
         return value % queues
     # Held against the number of queues when it was set; this is for a table of another connection.
-    return i64(records(ha + MAPPING_AT, h["entries"], _U4)[value % h["entries"]]) % queues
+    return i64(records(ha + MAPPING_AT, MOST_MAPPING, _U4)[value % entries]) % queues

@@ -1,4 +1,4 @@
-"""A rate for a whole vif in one direction, whatever the number of its queues. All of them belong to one worker.
+"""A rate for a whole vif in one direction, whatever the number of its queues.
 
 A bucket of bytes: it fills at the rate, up to the burst, and a packet takes its own bytes out of it as long as there is
 anything in it. So it may be in debt, by one packet, and over time what passes is the rate exactly; in any t seconds it
@@ -6,6 +6,10 @@ is rate * t, and the burst and one packet more at the most.
 
 Queues that wait take turns: each may send what is there when it is its turn, and the next is whose packets have had the
 fewest bytes. Who has the turn and does not take it loses it when twice as much is there.
+
+Queues of several workers have one bucket as well. A worker looks into it only while it holds it (LIMIT.holder), which
+is for a turn, or for one packet to a guest; who finds it held has no credit now, and comes again AGAIN_NS later. Nobody
+waits for it, and where there is no rate, or one worker, nobody holds anything.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ from typing import Any
 
 from pvdrivers.worker.alarm import wake_at
 from pvdrivers.worker.marks import worker_at
-from rings.atomics import i64, records
+from rings.atomics import compare_exchange64, i64, records, store_release64
 from rings.jit import inline, kernel
 
-from .records import LIMIT, MAX_QUEUES
+from .records import HOLDER_AT, LIMIT, MAX_QUEUES
 
 TURN_NS = 1_000_000
 """What comes in so long is a turn's, but never more than a quarter of the burst."""
+AGAIN_NS = 20_000
 
 
 @inline
@@ -36,8 +41,24 @@ def _turn(limit: Any) -> float:
 
 @inline
 def _fill(limit: Any, now: int) -> None:
-    limit["tokens"] = min(limit["burst"], limit["tokens"] + (now - limit["at"]) * limit["rate"])
-    limit["at"] = now
+    if now > limit["at"]:  # another worker's pass may have begun later
+        limit["tokens"] = min(limit["burst"], limit["tokens"] + (now - limit["at"]) * limit["rate"])
+        limit["at"] = now
+
+
+@inline
+def _hold(la: int, queue: int) -> bool:
+    """Whether the bucket may be looked into: from now to _let_go()."""
+    if limit_at(la)["shared"] == 0:
+        return True
+    return compare_exchange64(la + HOLDER_AT, 0, 1 + queue) == 0
+
+
+@inline
+def _let_go(la: int, queue: int) -> None:
+    if limit_at(la)["holder"] == 1 + queue:  # nobody else writes that
+        # Pairs with the exchange: who holds it next sees what is in it now.
+        store_release64(la + HOLDER_AT, i64(0))
 
 
 @inline
@@ -57,23 +78,33 @@ def charge(la: int, queue: int, nbytes: int) -> None:
 
 
 @kernel
-def is_free(la: int, now: int) -> bool:
-    """Whether a packet may pass at once: there is credit, and no queue waits for it."""
+def may_pass(la: int, queue: int, nbytes: int, now: int) -> bool:
+    """Whether a packet of a queue may pass at once, as there is credit, and no queue waits for it. Then it does."""
     limit = limit_at(la)
     if limit["rate"] == 0.0:
         return True
+    if not _hold(la, queue):
+        return False
     _fill(limit, now)
-    return limit["tokens"] > 0.0 and limit["waiting"] == 0
+    free = limit["tokens"] > 0.0 and limit["waiting"] == 0
+    if free:
+        charge(la, queue, nbytes)
+    _let_go(la, queue)
+    return free
 
 
 @kernel
 def may_begin(wa: int, la: int, queue: int, ra: int) -> bool:
-    """Whether a queue may send now. If not it waits for its turn, and its ring is served again."""
+    """Whether a queue may send now, until end_turn(). If not it waits for its turn, and its ring is served again."""
     limit = limit_at(la)
     if limit["rate"] == 0.0:
-        limit["waiting"] = 0
+        if limit["waiting"] != 0:
+            limit["waiting"] = 0
         return True
     now = worker_at(wa)["now"]
+    if not _hold(la, queue):
+        wake_at(wa, ra, now + AGAIN_NS)
+        return False
     _fill(limit, now)
     mine = i64(1) << queue
     turn = _turn(limit)
@@ -87,6 +118,7 @@ def may_begin(wa: int, la: int, queue: int, ra: int) -> bool:
         limit["passed"][queue] = max(limit["passed"][queue], limit["passed"][limit["turn"]])
     limit["waiting"] |= mine
     wake_at(wa, ra, now + 1 + max(i64((turn - limit["tokens"]) / limit["rate"]), i64(0)))
+    _let_go(la, queue)
     return False
 
 
@@ -94,8 +126,15 @@ def may_begin(wa: int, la: int, queue: int, ra: int) -> bool:
 def end_turn(la: int, queue: int, more: int) -> None:
     """A queue has sent what it may, or had; `more`: it has something left. Who of those that wait has the turn now."""
     limit = limit_at(la)
-    if limit["rate"] == 0.0 or (limit["waiting"] == 0 and limit["tokens"] > 0.0):
-        return
+    if limit["rate"] != 0.0 and (limit["waiting"] != 0 or limit["tokens"] <= 0.0):
+        _choose(la, queue, more)
+    _let_go(la, queue)
+
+
+@kernel
+def _choose(la: int, queue: int, more: int) -> None:
+    """Who of those that wait has the turn now."""
+    limit = limit_at(la)
     mine = i64(1) << queue
     limit["waiting"] = limit["waiting"] | mine if more != 0 else limit["waiting"] & ~mine
     chosen = i64(-1)

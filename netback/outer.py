@@ -1,4 +1,4 @@
-"""A port that leads out of the process: a TAP or a packet socket, and its queues as rings of a switch's worker.
+"""A port that leads out of the process: a TAP or a packet socket, and its queues as rings of a switch's workers.
 
     open      when the vif is advertised: the TAP is there before its guest is
     attach    when the vif connects: as many queues as it has
@@ -81,19 +81,22 @@ class OuterPort:
         self._counters = StatsFile(self._stats / f"{self.owner}.port", about, queues)
         row = self.port.record[0]
         row["kind"], row["domid"], row["accepts"], row["n_out"] = PORT_OUTER, -1, ACCEPTS_ALL, 0
+        switch.settle(self.port, queues)
         switch.join(self.port)
         for q, fd in enumerate(fds):
-            handle = switch.worker.new_ring(device, -1)
+            shard = switch.shard_of(self.port, q)
+            handle = shard.worker.new_ring(device, -1)
             self._handles.append(handle)
             ring = handle.record
             ring["event_fd"], ring["device"], ring["stats"] = fd, self.port.address, self._counters.address(q)
             ring["step"], ring["finish"] = address_of(port_in.step_port), address_of(port_in.finish_port)
+            ring["local"] = shard.address
             ring["blocked"] = 1  # there is no ring to be looked at
             if isinstance(self.behind, PacketSocket):
                 ring["priv"] = self.behind.messages[q].ctypes.data
             row["out"][q] = handle.address
         for handle in self._handles:
-            switch.worker.attach(handle)
+            handle.worker.attach(handle)
         row["n_out"] = queues
 
     def detach(self) -> None:

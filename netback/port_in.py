@@ -27,7 +27,6 @@ from .records import (
     P_SEND,
     STRIDE,
     packet_at,
-    port_at,
     switch_at,
 )
 from .table import join
@@ -86,7 +85,7 @@ def step_port(wa: int, ra: int, budget: int, abandoned: int) -> int:
     porta = ring["device"]
     if abandoned != 0:
         return 0
-    swa = port_at(porta)["switch"]
+    swa = ring["local"]
     join(swa, porta, worker_at(wa)["now"])
     found = _read_some(ra, swa, min(budget, BATCH))
     n = found & 0xFFFFFFFF

@@ -15,7 +15,7 @@ from rings.atomics import i64
 from rings.jit import inline, kernel
 from rings.vnet import VNET_SIZE, put_vnet
 
-from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, packet_at, port_at
+from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, packet_at
 
 
 @inline
@@ -39,14 +39,9 @@ def _wrote(ra: int, packet: Any, result: int) -> None:
 
 
 @kernel
-def to_port(pa: int, porta: int) -> None:
-    """Send a packet, of which all bytes are private, by the queue that its flow belongs to."""
-    port = port_at(porta)
+def to_port(pa: int, ra: int) -> None:
+    """Send a packet, of which all bytes are private, by a queue."""
     packet = packet_at(pa)
-    queues = port["n_out"]
-    if queues == 0:
-        return
-    ra = port["out"][packet["hash"] % queues]
     ring = ring_at(ra)
     if ring["state"] != RING_ACTIVE:
         return

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pvdrivers.worker.events import notify
 from pvdrivers.worker.fair import note_taken
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
-from pvdrivers.worker.records import RING_DEAD, V_CLASS, V_OVERFLOW
+from pvdrivers.worker.records import RING_DEAD, V_CLASS
 from rings.atomics import copy_in, i64, records
 from rings.jit import inline, kernel, seam_function
 from rings.netif import (
@@ -25,16 +25,18 @@ from rings.netif import (
     TXF_data_validated,
     put_tx_response,
 )
-from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, slot
+from rings.ring import RING_END, advance, advance_prod, push, slot
 from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 
 from .captured import capture_sent
+from .control_ring import do_job
 from .drain import drain
 from .forward import fetch, forward, packet_of
 from .limit import charge, end_turn, has_credit, may_begin
-from .multicast import amend
+from .multicast import BUSY, amend
 from .records import BATCH, HEAD, N_REFUSED, N_SENT, P_CONTROL, P_FATAL, P_SEND, packet_at, port_at, switch_at
 from .request import plan
+from .serving import to_serve
 from .table import join
 from .waiting import rx_queue_at
 
@@ -96,20 +98,6 @@ def _publish(wa: int, ra: int) -> None:
         stats_at(ring["stats"])["notify_saved"] += 1
 
 
-@inline
-def to_serve(ra: int) -> int:
-    """How many requests are on a ring of a vif; -1 if none is to be served, as the process ends or the ring is dead."""
-    ring = ring_at(ra)
-    ring["blocked"] = port_at(ring["device"])["handed_over"]  # then what is on the ring is for the next process
-    if ring["blocked"] != 0:
-        return i64(-1)
-    n = available(ring["end"])
-    if n == CORRUPT:
-        mark_dead(ra, V_OVERFLOW)
-        return i64(-1)
-    return n
-
-
 @seam_function
 def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     """RING.step of a tx ring. 1 if more may be pending."""
@@ -129,7 +117,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if not may_begin(wa, port["from_guest"], q["index"], ra):
         ring["blocked"] = 1
         return 0
-    swa = port["switch"]
+    swa = ring["local"]
     sw = switch_at(swa)
     _take(ra, sw["slots"], n)
     packets = i64(0)
@@ -144,6 +132,8 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             break
         if packet["verdict"] == P_CONTROL:
             packet["status"] = amend(porta, packet["mcast"], packet["mcast_addr"])
+            if packet["status"] == BUSY:
+                break
         elif packet["verdict"] == P_SEND:
             charge(port["from_guest"], q["index"], packet["size"])
         packet["at"] = at
@@ -152,6 +142,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             packet["want"] = packet["size"]
         at += took
         packets += 1
+    end_turn(port["from_guest"], q["index"], 1 if at < n else 0)
     stats_at(ring["stats"])["grants_copied"] += fetch(wa, swa, packets)
     if port["capture"] != 0:
         for k in range(packets):
@@ -161,7 +152,6 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
         _respond(ra, swa, packet_of(swa, k))
     advance(ring["end"], at)
     note_taken(ra, packets)
-    end_turn(port["from_guest"], q["index"], 1 if at < n else 0)
     if fault != 0:
         _publish(wa, ra)  # what came before it is as good as any
         mark_dead(ra, V_CLASS + fault)
@@ -178,9 +168,11 @@ def step_rx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     ring["blocked"] = 1
     porta = ring["device"]
     if abandoned == 0:
-        join(port_at(porta)["switch"], porta, worker_at(wa)["now"])
+        join(ring["local"], porta, worker_at(wa)["now"])
+        if rx_queue_at(ring["priv"])["stage"] != 0:
+            do_job(wa, rx_queue_at(ring["priv"])["stage"], ring["domid"])
         if port_at(porta)["handed_over"] == 0:
-            drain(wa, port_at(porta)["switch"], ra)
+            drain(wa, ring["local"], ra)
     return 0
 
 

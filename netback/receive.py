@@ -45,16 +45,14 @@ def takes_whole(packet: Any, accepts: int, headroom: int) -> bool:
     return pages_of(packet, headroom) == 1 or accepts & ACCEPTS_SG != 0
 
 
-@kernel
-def _count(porta: int, kind: int) -> None:
-    port = port_at(porta)
-    if port["n_out"] != 0:
-        stats_at(ring_at(port["out"][0])["stats"])["kinds"][kind] += 1
+@inline
+def _count(ra: int, kind: int) -> None:
+    stats_at(ring_at(ra)["stats"])["kinds"][kind] += 1
 
 
 @kernel
-def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
-    """Send the segments of a packet, if all its bytes are private."""
+def _cut(wa: int, swa: int, pa: int, porta: int, ra: int) -> None:
+    """Send the segments of a packet, if all its bytes are private. They go by one queue, as it would."""
     sw = switch_at(swa)
     packet = packet_at(pa)
     data, size, gso_size = packet["data"], packet["size"], packet["gso_size"]
@@ -62,7 +60,7 @@ def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
     header = header_size(data, packet["have"], found, packet["gso_type"])
     # Not all bytes are private where the receiver has asked for more headroom since its wishes were noted.
     if header == 0 or packet["have"] < size:
-        _count(porta, N_UNSUPPORTED)
+        _count(ra, N_UNSUPPORTED)
         return
     blank = takes_blank(packet, port_at(porta)["accepts"])
     # All that is known of the packet, of its segments too; but for where their bytes are.
@@ -78,10 +76,10 @@ def _cut(wa: int, swa: int, pa: int, porta: int) -> None:
         out = sw["cuts"] + sw["cut_at"]
         n = i64(put_segment(out, data, size, found, header, gso_size, k, 1 if blank else 0))
         parcel["data"], parcel["size"], parcel["have"] = out, n, n
-        sent = i64(to_guest(wa, swa, sw["parcel"], porta))
+        sent = i64(to_guest(wa, swa, sw["parcel"], ra))
         sw["cut_at"] = out - sw["cuts"] + ((n + _LINE - 1) & ~(_LINE - 1))  # behind it, even if that has flushed
         k += 1
-    _count(porta, N_CUT)
+    _count(ra, N_CUT)
 
 
 @kernel
@@ -97,15 +95,15 @@ def may_leave(pa: int, porta: int, stats: int) -> bool:
 
 
 @kernel
-def to_vif(wa: int, swa: int, pa: int, porta: int) -> None:
-    """Have the guest behind a port get a packet, as it can take it."""
+def to_vif(wa: int, swa: int, pa: int, porta: int, ra: int) -> None:
+    """Have the guest behind a port get a packet by an rx ring of its, as it can take it."""
     if port_at(porta)["down"] != 0:
-        _count(porta, N_DOWN)
+        _count(ra, N_DOWN)
     elif not wants(porta, packet_at(pa)["dst"]):
-        _count(porta, N_FILTERED)
+        _count(ra, N_FILTERED)
     elif not fits(pa, porta):
-        _count(porta, N_TOO_LARGE)
+        _count(ra, N_TOO_LARGE)
     elif takes_whole(packet_at(pa), port_at(porta)["accepts"], port_at(porta)["headroom"]):
-        to_guest(wa, swa, pa, porta)
+        to_guest(wa, swa, pa, ra)
     else:
-        _cut(wa, swa, pa, porta)
+        _cut(wa, swa, pa, porta, ra)

@@ -75,6 +75,11 @@ PACKET = np.dtype(
         ("tagged", "i8"),  # ... and there is a tag that says so
         ("retag", "i8"),  # 1: somebody wants it the other way; 2: that it is now
         ("until", "i8"),  # ns: when it is given up, while it waits for its receiver
+        # Of a switch of several shards:
+        ("origin", "i8"),  # number of the one where it came in
+        ("source", "i8"),  # address of the PORT that it came by; compared, and no more
+        ("epoch", "i8"),  # PORT.epoch of the port that it is to, if it is to one
+        ("links", "i8"),  # shards that it is to go on to: a bit each
         ("fragments", "i8"),
         ("fragment", FRAGMENT, (MAX_SLOTS + 1,)),  # one more stands for a tag that was put in
     ],
@@ -116,9 +121,11 @@ ACCEPTS_GSO4, ACCEPTS_GSO6 = 8 << GSO_TCPV4, 8 << GSO_TCPV6
 ACCEPTS_ALL = ACCEPTS_SG | ACCEPTS_CSUM4 | ACCEPTS_CSUM6 | ACCEPTS_GSO4 | ACCEPTS_GSO6
 
 MAX_QUEUES = 16
+MAX_SHARDS = 16
+"""Workers that one switch is spread over."""
 MAX_PORTS = 256
 MAX_LEARNED = 256
-"""Addresses learned behind a port: one that floods the table with more pushes out its own."""
+"""Addresses learned behind a port, in each shard: one that floods the table with more pushes out its own."""
 
 MAX_LEARNED_OUTSIDE = 2048
 """... and behind one that leads out of the process, where a whole network may be."""
@@ -135,6 +142,8 @@ LIMIT = np.dtype(
         ("burst", "f8"),  # bytes that are saved up at the most
         ("tokens", "f8"),  # bytes that may be sent now; below 0 is a debt
         ("at", "i8"),  # ns: when that was so
+        ("shared", "i8"),  # several workers ask: only who has `holder` may look at what follows, and at `tokens`
+        ("holder", "i8"),  # 1 + the queue whose worker has it; 0: nobody has
         ("waiting", "i8"),  # queues that wait for their turn: a bit each
         ("turn", "i8"),  # whose it is
         ("passed", "f8", (MAX_QUEUES,)),  # bytes of each, counted as if who comes anew had had as many as the others
@@ -162,15 +171,15 @@ RX_QUEUE = np.dtype(
 PORT = np.dtype(
     [
         ("kind", "i8"),  # PORT_*
-        ("index", "i8"),  # in its switch
+        ("index", "i8"),  # in its switch, in all shards of it
         ("epoch", "i8"),  # of that index: what was learned of an earlier port there counts no more
-        ("switch", "i8"),  # address of the SWITCH
+        ("home", "i8"),  # number of the shard of its queue 0; of queue q it is that of (home + q) % shards
         ("domid", "i8"),
         ("mac", "i8"),  # its own address, which nobody else may take; 0 none
-        ("joined", "i8"),  # the worker has it in its table
+        ("joined", "i8", (MAX_SHARDS,)),  # the worker of that shard has it in its table
         ("accepts", "i8"),  # ACCEPTS_*
         ("handed_over", "i8"),  # the process ends, and leaves the guest to the next one
-        ("learned", "i8"),  # addresses in the table
+        ("learned", "i8", (MAX_SHARDS,)),  # addresses in the table of that shard
         ("hashes", "i8"),  # address of the HASHES that its guest sets, 0 if it cannot
         ("headroom", "i8"),  # bytes that its guest wants free before the data in each page
         ("vlan", "i8"),  # the VLAN of what has no tag here: 1 to 4094; 0: of no VLAN
@@ -184,6 +193,7 @@ PORT = np.dtype(
         ("stall_ns", "i8"),  # how long the guest may have too few; 0: for ever
         ("stalled", "i8"),  # RINGs on which it had
         ("filters", "i8"),  # of what is sent to groups it gets what it listens to
+        ("amending", "i8"),  # a worker changes the groups, and no other may
         ("groups", "i8"),  # address of the GROUPS
         ("from_guest", "i8"),  # address of the LIMIT of what it sends, and
         ("to_guest", "i8"),  # ... of what is sent to it
@@ -197,15 +207,20 @@ VLAN_SHIFT = 48
 """An address in a VLAN, as the table has it: the VLAN above the six bytes."""
 CAPTURE_AT: int = PORT.fields["capture"][1]  # type: ignore[index]
 HEADROOM_AT: int = PORT.fields["headroom"][1]  # type: ignore[index]
+STALLED_AT: int = PORT.fields["stalled"][1]  # type: ignore[index]
+AMENDING_AT: int = PORT.fields["amending"][1]  # type: ignore[index]
+HOLDER_AT: int = LIMIT.fields["holder"][1]  # type: ignore[index]
 
 TABLE_BITS = 12
 TABLE_PROBES = 8
 TABLE_ENTRY = np.dtype(
     [
+        ("version", "i8"),  # odd while it is being changed: for who reads the table of another shard
         ("mac", "i8"),
         ("port", "i8"),
         ("epoch", "i8"),  # PORT.epoch; 0: the entry is free
         ("seen", "i8"),  # ns
+        ("stamp", "i8"),  # COMMON.moves when it was found here last: of two shards' entries the later one counts
         ("fixed", "i8"),  # the port's own address
     ],
     align=True,
@@ -214,6 +229,12 @@ TABLE_ENTRY = np.dtype(
 SWITCH = np.dtype(
     [
         ("ports", "i8", (MAX_PORTS,)),  # addresses of PORTs, 0 none; written by the control side
+        ("shard", "i8"),  # its number,
+        ("shards", "i8"),  # ... of so many
+        ("common", "i8"),  # address of the COMMON of them all
+        ("peers", "i8", (MAX_SHARDS,)),  # addresses of all their SWITCHes
+        ("links", "i8", (MAX_SHARDS,)),  # of the LINKs to the others, 0 to itself
+        ("joins", "i8"),  # COMMON.joins when it looked for new ports
         ("top", "i8"),  # no index from this on was ever used
         ("vlans", "i8"),  # a port is, or was, of a VLAN: somebody has to look
         ("wire", "i8"),  # two ports, and what comes by one leaves by the other: nothing is learned
@@ -235,6 +256,20 @@ SWITCH = np.dtype(
     align=True,
 )
 
+"""A shard: what one worker has of a switch. With one worker that is all of it."""
+
+COMMON = np.dtype(
+    [
+        ("moves", "i8"),  # addresses that were learned anew, by any shard
+        ("pad", "i8", (7,)),
+        ("joins", "i8"),  # ports that have joined; the control side's
+        ("pad2", "i8", (7,)),
+    ],
+    align=True,
+)
+"""What the shards of a switch have in common: two cache lines, both rarely written."""
+JOINS_AT: int = COMMON.fields["joins"][1]  # type: ignore[index]
+
 CUT_BYTES = 4 * MOST_BYTES
 MAX_DELIVERIES = 1024
 DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8"), ("kept", "i8")], align=True)
@@ -244,15 +279,15 @@ _DELIVERY_SIZE = DELIVERY.itemsize
 
 # Index into STATS.kinds.
 (N_SENT, N_RECEIVED, N_REFUSED, N_DROPPED, N_FAILED, N_NOBODY, N_SPOOFED, N_UNSUPPORTED, N_CUT,
- N_EXPIRED, N_FILTERED, N_TOO_LARGE, N_DOWN) = range(13)  # fmt: skip
+ N_EXPIRED, N_FILTERED, N_TOO_LARGE, N_DOWN, N_LINK) = range(14)  # fmt: skip
 KIND_NAMES = (
     "sent", "received", "refused", "dropped", "failed", "to nobody", "spoofed", "not accepted", "cut",
-    "expired", "filtered", "too large", "no carrier",
+    "expired", "filtered", "too large", "no carrier", "link full",
 )  # fmt: skip
 """By the guest; to it; broken requests; no room on its ring; a page that could not be had; and of what it sent: nobody
 is there; under an address of somebody else; not sent on, as the receiver takes nothing of the kind. To it, and cut into
 its segments here; dropped, as it had no buffers for too long; to a group that it does not listen to. By it or to it,
-and larger than its MTU; while it has no carrier."""
+and larger than its MTU; while it has no carrier. By it, and lost on its way to another worker of its switch."""
 
 
 @inline

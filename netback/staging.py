@@ -2,7 +2,7 @@
 
 A table for each queue: what its packets and its buffers name is looked up here, and where both ends of a copy are in
 our memory it is a memcpy of the worker's, which takes no grant operation. Pure kernels over a table in private memory;
-only the worker of the vif calls them. An entry without an address is being mapped and is found by nobody else.
+only the worker of the queue calls them. An entry without an address is being mapped and is found by nobody else.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ STAGE = np.dtype(
         ("used", "i8"),
         ("free", "i8"),  # the first that is
         ("stats", "i8"),  # address of the STATS of its queue
+        ("worker", "i8"),  # ... and of the WORKER of that, which alone may look at this or change it
+        ("job", "i8"),  # address of a CONTROL with a request about it, 0 none; the one word that two workers write
         ("heads", "i4", (HEADS,)),
         ("entries", STAGED, (MOST_STAGED,)),
     ],
@@ -44,6 +46,7 @@ STAGE = np.dtype(
 )
 """The table of one queue."""
 STAGE_SIZE = STAGE.itemsize
+JOB_AT: int = STAGE.fields["job"][1]  # type: ignore[index]
 _HEADS_AT: int = STAGE.fields["heads"][1]  # type: ignore[index]
 _ENTRIES_AT: int = STAGE.fields["entries"][1]  # type: ignore[index]
 _STAGED_SIZE = STAGED.itemsize

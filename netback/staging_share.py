@@ -54,7 +54,7 @@ class Staging:
         self.address = self._memory.address
         for q in range(queues):
             format_stage(self.at(q), limit)
-            set_counters(self.at(q), device.counters.address(q))
+            set_owner(self.at(q), device.queues[q].worker.address, device.counters.address(q))
 
     def at(self, queue: int) -> int:
         """The address of the STAGE of a queue."""
@@ -69,9 +69,9 @@ class Staging:
 
 
 @kernel
-def set_counters(sa: int, stats: int) -> None:
-    """Say where the STATS of its queue are."""
-    stage_at(sa)["stats"] = stats
+def set_owner(sa: int, wa: int, stats: int) -> None:
+    """Say whose its queue is, and where the STATS of that are."""
+    stage_at(sa)["worker"], stage_at(sa)["stats"] = wa, stats
 
 
 @kernel
@@ -87,5 +87,5 @@ def unmap_all(wa: int, sa: int, ops: int) -> None:
 def warm() -> None:
     """Compile what the control thread calls."""
     compile_for(format_stage, 2)
-    compile_for(set_counters, 2)
+    compile_for(set_owner, 3)
     compile_for(unmap_all, 3)

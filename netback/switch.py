@@ -1,14 +1,15 @@
-"""Switches of this process, and the ports that come and go while a worker forwards.
+"""Switches of this process, and the ports that come and go while their workers forward.
 
-A switch and all rings of its ports belong to one worker: what the worker works on is changed by nobody else, but for
-SWITCH.ports and PORT.n_out. A port leaves in this order: it is taken from the table, then its rings are detached, for
-which the worker has to come round; after that no pass can be under way that still knows it.
+A switch has a shard for each of its workers (see `shards`), which works on that alone. A port has its queues in one or
+more of them, and every shard knows every port, under the same index. A port leaves in this order: it is taken from
+all shards, all their workers come round, then its rings are detached; after that no pass can be under way that still
+knows it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,31 +17,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from pvdrivers.errors import ConfigError, PvError
-from pvdrivers.worker.control import Memory, Worker, WorkerPool
+from pvdrivers.worker.control import Worker, WorkerPool
 from pvdrivers.worker.words import store_word
-from rings.netif import TX_ENTRY_SIZE
 
 from .kept_file import KeptFile
-from .records import (
-    BATCH,
-    CUT_BYTES,
-    DELIVERY,
-    GROUPS,
-    HEADROOM,
-    LIMIT,
-    MAX_DELIVERIES,
-    MAX_PORTS,
-    PACKET,
-    PORT,
-    STRIDE,
-    SWITCH,
-    TABLE_BITS,
-    TABLE_ENTRY,
-)
+from .records import GROUPS, JOINS_AT, LIMIT, MAX_PORTS, MAX_SHARDS, PORT, SWITCH
+from .shards import Shard, Shards
 
 __all__ = ["Port", "Switch", "find_switch"]
-
-_RING_SLOTS = 256
 
 
 @dataclass
@@ -56,6 +40,9 @@ class Port:
     """From the guest, and to it: LIMITs."""
     groups: Any = field(default_factory=lambda: np.zeros(1, GROUPS))
     """What its guest listens to, or what holds that: see use_groups()."""
+    home: int = 0
+    """The shard of its queue 0, see Switch.settle(), and of how many queues it was settled."""
+    queues: int = 0
 
     def __post_init__(self) -> None:
         row = self.record[0]
@@ -75,41 +62,44 @@ class Port:
 
 
 class Switch:
-    """A switch, or with `wire` two ports that are each other's other side. `worker` forwards for it."""
+    """A switch, or with `wire` two ports that are each other's other side. Its workers forward for it, a shard each."""
 
-    def __init__(self, name: str, worker: Worker, *, wire: bool = False) -> None:
-        self.name = name
-        self.worker = worker
-        self.record = np.zeros(1, SWITCH)
+    def __init__(self, name: str, workers: Sequence[Worker], *, wire: bool = False) -> None:
+        """Raises PvError without a descriptor, or a ring of a worker, more."""
+        self.name, self._wire = name, wire
+        self._shards = Shards(name, list(workers[:MAX_SHARDS]))
+        self.shards = self._shards.all
         self.uplink: Any = None
         """Its Uplink, if it has one."""
-        self._keep: list[Any] = []
         self._lock = threading.Lock()
         self._ports: dict[int, Port] = {}
         self._epoch = 0
-        row = self.record[0]
-        row["wire"] = wire
-        row["table"] = self._new(TABLE_ENTRY.itemsize << TABLE_BITS)
-        row["slots"] = self._new(_RING_SLOTS * TX_ENTRY_SIZE)
-        row["deliveries"] = self._new(MAX_DELIVERIES * DELIVERY.itemsize)
-        row["scratch"] = self._new(64)
-        packets = np.zeros(BATCH, PACKET)
-        row["data"] = self._new(BATCH * STRIDE)
-        packets["data"] = int(row["data"]) + HEADROOM + np.arange(BATCH) * STRIDE
-        self._keep.append(packets)
-        row["packets"] = packets.ctypes.data
-        row["parcel"] = self._new(PACKET.itemsize)
-        row["cuts"] = self._new(CUT_BYTES)
+        self._load = [0] * len(self.shards)  # queues of each
+        for shard in self.shards:
+            shard.record[0]["wire"] = wire
+        self._shards.start()
 
-    def _new(self, size: int) -> int:
-        memory = Memory(size)
-        self._keep.append(memory)
-        return memory.address
+    def settle(self, port: Port, queues: int) -> None:
+        """Choose where a port's queues are, so that each shard has as many as the others."""
+        with self._lock:
+            self._count(port, -1)
+            port.home, port.queues = self._load.index(min(self._load)), queues
+            self._count(port, 1)
+            port.record[0]["home"] = port.home
+            port.limits["shared"] = min(queues, len(self.shards)) > 1
+            port.limits["holder"] = 0
 
-    @property
-    def address(self) -> int:
-        """The address of the SWITCH."""
-        return int(self.record.ctypes.data)
+    def _count(self, port: Port, one: int) -> None:
+        for q in range(port.queues):
+            self._load[(port.home + q) % len(self._load)] += one
+
+    def shard_of(self, port: Port, queue: int) -> Shard:
+        """Where a queue of a port lies that has settled."""
+        return self.shards[(port.home + queue) % len(self.shards)]
+
+    def come_round(self) -> None:
+        """When this returns none of its workers is in a pass that had begun before."""
+        self._shards.come_round()
 
     def join(self, port: Port) -> None:
         """Give a port an index. ConfigError if its address is that of another, PvError if there is no room."""
@@ -127,23 +117,38 @@ class Switch:
             index = free[0]
             self._epoch += 1
             row = port.record[0]
-            row["index"], row["epoch"], row["switch"], row["mac"] = index, self._epoch, self.address, port.mac
-            row["joined"] = row["learned"] = 0
+            row["index"], row["epoch"], row["mac"] = index, self._epoch, port.mac
+            row["joined"], row["learned"] = 0, 0
             row["vlan"], row["trunk"], row["allowed"] = port.vlan, port.trunk is not None, _bits(port.trunk or ())
-            if port.vlan or port.trunk is not None:
-                self.record[0]["vlans"] = 1
             self._ports[index] = port
-            self.record[0]["top"] = max(int(self.record[0]["top"]), index + 1)
-            # Release: who sees the port sees what is in it.
-            store_word(self.address + index * 8, port.address)
+            for shard in self.shards:
+                if port.vlan or port.trunk is not None:
+                    shard.record[0]["vlans"] = 1
+                shard.record[0]["top"] = max(int(shard.record[0]["top"]), index + 1)
+                # Release: who sees the port sees what is in it.
+                store_word(shard.address + index * 8, port.address)
+            # ... and who sees the count sees the port.
+            store_word(self._shards.common + JOINS_AT, self._epoch)
 
     def leave(self, port: Port) -> None:
-        """Nothing more is sent to it from the worker's next pass on. Harmless a second time."""
+        """When this returns nothing more is sent to it, and no worker but those of its rings knows it. Harmless a
+        second time."""
         with self._lock:
+            self._count(port, -1)
+            port.queues = 0
             index = int(port.record[0]["index"])
-            if self._ports.get(index) is port:
-                store_word(self.address + index * 8, 0)
-                del self._ports[index]
+            if self._ports.get(index) is not port:
+                return
+            for shard in self.shards:
+                store_word(shard.address + index * 8, 0)
+            del self._ports[index]
+        if len(self.shards) > 1:
+            self.come_round()
+
+    def close(self) -> None:
+        """A wire whose ports have left; another switch stays. Harmless a second time."""
+        if self._wire and not self._ports:
+            self._shards.close()
 
 
 def _bits(vlans: Iterable[int]) -> np.ndarray:
@@ -164,11 +169,11 @@ _switches_lock = threading.Lock()
 
 
 def find_switch(pool: WorkerPool, name: str) -> Switch:
-    """The switch of a name; a new one gets the worker whose turn it is."""
+    """The switch of a name, which has all workers, as far as a switch may have so many."""
     with _switches_lock:
         mine = _switches.setdefault(pool, {})
         if name not in mine:
-            mine[name] = Switch(name, pool.choose(1)[0])
+            mine[name] = Switch(name, pool.workers)
         return mine[name]
 
 

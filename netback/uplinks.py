@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MTU = 1500
 QUEUES = 4
-"""Of an uplink: flows are spread over them, and all are the one worker's."""
+"""Of an uplink; with more workers one for each, so that what a worker sends leaves by its own."""
 
 
 def uplinks_of(options: Mapping[str, Any]) -> dict[str, PortSpec]:
@@ -76,7 +76,7 @@ class Uplink:
 
     def _attach(self) -> None:
         if self._outer is not None:
-            self._outer.attach(self.switch, min(QUEUES, MAX_QUEUES), ACCEPTS_ALL, self)
+            self._outer.attach(self.switch, min(max(QUEUES, len(self.switch.shards)), MAX_QUEUES), ACCEPTS_ALL, self)
 
     def leave(self, vif: str) -> None:
         """It is connected no more. Harmless a second time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,12 +46,9 @@ class CaptureMemory:
         os.close(self.fd)
 
 
-def point_to(word: int, memory: CaptureMemory | None, worker: Worker | None) -> None:
-    """Set the word by which a worker finds a capture. With None it does not any more when this returns."""
+def point_to(word: int, memory: CaptureMemory | None, workers: Iterable[Worker]) -> None:
+    """Set the word by which workers find a capture. With None they do not any more when this returns."""
     store_word(word, 0 if memory is None else memory.address)
-    if memory is not None or worker is None:
-        return
-    passes, deadline = int(worker.record["passes"]), time.monotonic() + _ROUND_SECONDS
-    while int(worker.record["passes"]) - passes < 2 and not worker.failed and time.monotonic() < deadline:
-        worker.ring_doorbell()
-        time.sleep(0.0005)
+    if memory is None:
+        for worker in workers:
+            worker.come_round(_ROUND_SECONDS)

@@ -1,7 +1,10 @@
 """Packets on their way to a capture file: a ring of bytes in memory that a worker writes and another process reads.
 
-One writer, one reader, no lock; who finds no room loses the packet, and counts it. The writer works by its own record
-(CAPTURE) and takes nothing from the shared memory but how far the reader has got, which it checks.
+One reader, and it takes no lock; who finds no room loses the packet, and counts it. The writers are the workers of a
+vif's queues, which have a record of their own (CAPTURE), and take nothing from the shared memory but how far the reader
+has got, which they check. They write one at a time: from take_room() to put_record() a writer holds the ring, for a
+copy of one packet; who finds it held tries a bounded number of times, and then loses the packet as if there were no
+room. The counters of a queue are its worker's alone.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rings.atomics import copy_bytes, i64, load_acquire64, records, store_release64
+from rings.atomics import compare_exchange64, copy_bytes, i64, load_acquire64, pause, records, store_release64
 from rings.jit import inline, kernel
 
 MOST_QUEUES = 16
@@ -32,10 +35,11 @@ CAPTURE = np.dtype(
         ("size", "i8"),  # bytes of the ring, a power of two
         ("snap", "i8"),  # most bytes of a packet
         ("written", "i8"),
+        ("held", "i8"),  # a writer is at it
     ],
     align=True,
 )
-"""The writer's own."""
+"""The writers' own."""
 RECORD = np.dtype(
     [
         ("length", "i4"),  # bytes that follow, to the next multiple of 8; SKIP: the ring's end, and it begins anew
@@ -52,6 +56,9 @@ RECORD = np.dtype(
 )
 RECORD_SIZE = RECORD.itemsize
 SKIP = -1
+_TRIES = 4096
+"""Longer than it takes to copy the largest packet; a writer that lost its processor meanwhile is not waited for."""
+_HELD_AT: int = CAPTURE.fields["held"][1]  # type: ignore[index]
 _READ_AT: int = SHARED.fields["read"][1]  # type: ignore[index]
 
 
@@ -62,11 +69,29 @@ def capture_at(ca: int) -> Any:
 
 
 @kernel
+def _hold(ca: int) -> bool:
+    for _ in range(_TRIES):
+        if compare_exchange64(ca + _HELD_AT, 0, 1) == 0:
+            return True
+        pause()
+    return False
+
+
+@inline
+def _let_go(ca: int) -> None:
+    # Pairs with the exchange: who holds it next sees how far it is written.
+    store_release64(ca + _HELD_AT, i64(0))
+
+
+@kernel
 def take_room(ca: int, queue: int, length: int) -> int:
     """The address for a RECORD and `length` bytes behind it, which put_record() makes seen; 0 if there is no room, and
     that is counted."""
     c = capture_at(ca)
     shared = records(c["shared"], 1, SHARED)[0]
+    if not _hold(ca):
+        shared["lost"][queue] += 1
+        return i64(0)
     need = RECORD_SIZE + (length + 7 & ~7)
     at = c["written"] & (c["size"] - 1)
     left = c["size"] - at
@@ -75,6 +100,7 @@ def take_room(ca: int, queue: int, length: int) -> int:
     used = c["written"] - load_acquire64(c["shared"] + _READ_AT)
     if used < 0 or used + more > c["size"]:
         shared["lost"][queue] += 1
+        _let_go(ca)
         return i64(0)
     data = c["shared"] + DATA_AT
     if need > left:
@@ -93,6 +119,7 @@ def put_record(ca: int, at: int, data: int, length: int) -> None:
     records(at, 1, RECORD)[0]["length"] = length
     copy_bytes(at + RECORD_SIZE, data, length)
     store_release64(c["shared"], c["written"])  # SHARED.written is the first field
+    _let_go(ca)
 
 
 assert RECORD_SIZE % 8 == 0

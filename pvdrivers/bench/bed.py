@@ -99,6 +99,13 @@ class Bed(Closing):
         assert self.serve is not None
         return self.serve.pid
 
+    def pin_workers(self, cpus: Sequence[int]) -> None:
+        """Have worker k of `serve` on the k-th of these cores alone."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            name, _, index = (task / "comm").read_text().strip().rpartition("-")
+            if name == "worker" and index.isdigit():
+                os.sched_setaffinity(int(task.name), {cpus[int(index)]})
+
     def disks(self, params: Sequence[str], *, memory_mib: int = 64, **options: Any) -> list[dict[str, Any]]:
         """A new domain with these disks (URI,key=value,...), as guest() wants them. `options` are Blkfront's."""
         assert self.dom0 is not None
@@ -131,10 +138,12 @@ class Bed(Closing):
         return {"domid": domain.domid, "token": domain.token.hex(), "mac": mac, **options}
 
     def net_guest(
-        self, vifs: Sequence[dict[str, Any]], cpus: Collection[int] | None = None, working_set: int = 2 << 20
-    ) -> Agent:
-        """A process that has these vifs and generates packets (net_guest.py), connected. Raises AgentError."""
-        setup = {"run_dir": str(self.run_dir), "vifs": list(vifs), "working_set": working_set}
+        self, vifs: Sequence[dict[str, Any]], cpus: Collection[int] | None = None, working_set: int = 2 << 20,
+        *, pairs: Sequence[int] = (),
+    ) -> Agent:  # fmt: skip
+        """A process that has these vifs and generates packets (net_guest.py), connected. Raises AgentError. `pairs`:
+        cores, each for the load of one queue of all vifs."""
+        setup = {"run_dir": str(self.run_dir), "vifs": list(vifs), "working_set": working_set, "pairs": list(pairs)}
         guest = Agent("pvdrivers.bench.net_guest", setup, cpus)
         self._guests.append(guest)
         return guest

@@ -3,12 +3,16 @@
 First line: run_dir, working_set (bytes, see Generator), and vifs: domid, token, mac, and what else Netfront takes.
 Commands: {"run": PLAN, "watch": [pid...]}, a load to its end; the answer has its figures. PLAN: the fields of
 pvdrivers.frontends.net_load.NetPlan. The first process that is watched is the switch.
+
+`pairs` of the first line is a list of cores: then queue k of all vifs has a load of its own, in a thread on the k-th.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pvdrivers.frontends.net_load import Generator, NetPlan, NetResult
@@ -48,6 +52,25 @@ def _told(plan: NetPlan, result: NetResult, own: float, watched: list[float]) ->
     }
 
 
+def together(generators: Sequence[Generator], cpus: Sequence[int], plan: NetPlan) -> NetResult:
+    """Run all of them at the same time, each on its core; one without a core runs here. The sum of it."""
+    if not cpus:
+        return generators[0].run(plan)
+
+    def run(generator: Generator, cpu: int) -> NetResult:
+        os.sched_setaffinity(0, {cpu})  # of this thread
+        return generator.run(plan)
+
+    with ThreadPoolExecutor(len(cpus)) as pool:
+        results = list(pool.map(run, generators, cpus))
+    counts = ("sent", "received", "received_bytes", "answered", "lost", "errors", "wrong")
+    return NetResult(
+        max(one.seconds for one in results),
+        **{name: sum(getattr(one, name) for one in results) for name in counts},
+        hist=sum((one.hist for one in results[1:]), results[0].hist),
+    )
+
+
 def _start(setup: dict[str, Any]) -> tuple[Answer, Callable[[], None]]:
     platforms, vifs = [], []
     for vif in setup["vifs"]:
@@ -57,17 +80,20 @@ def _start(setup: dict[str, Any]) -> tuple[Answer, Callable[[], None]]:
         )
         vifs.append(Netfront(platforms[-1], 0, **options))
         vifs[-1].connect(_CONNECT_SECONDS)
-    generator = Generator(vifs, working_set=setup["working_set"])
+    cpus = setup.get("pairs") or []
+    generators = [Generator(vifs, working_set=setup["working_set"], queue=k if cpus else None)
+                  for k in range(len(cpus) or 1)]  # fmt: skip
 
     def handle(command: dict[str, Any]) -> dict[str, Any]:
         plan, pids = NetPlan(**command["run"]), ["self", *command.get("watch", ())]
         before = [cpu_seconds(pid) for pid in pids]
-        result = generator.run(plan)
+        result = together(generators, cpus, plan)
         own, *watched = (cpu_seconds(pid) - since for pid, since in zip(pids, before))
         return _told(plan, result, own, watched)
 
     def close() -> None:
-        generator.close()
+        for generator in generators:
+            generator.close()
         for platform in platforms:
             platform.close()
 

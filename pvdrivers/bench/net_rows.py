@@ -18,7 +18,8 @@ class Traffic:
     one, both   from guest A to guest B, or each to the other, by the switch; one process drives both
     apart       from A to B, a process for each
     null, tap   from A to nobody; to a TAP of this host that throws away what comes
-    pairs       as `one`, `pairs` times, each with a switch, a load and a core of its own
+    pairs       as `one`, by `pairs` queues of each guest and as many workers of one switch; a core each for a worker
+                with the load of a queue of both guests
     iperf       iperf3 between two network namespaces: in one a TAP of a guest's netfront, in the other one of netback's
 
     `rate`: bytes a second that the first guest's vif is limited to, in each direction; 0: to none.
@@ -48,7 +49,7 @@ class Traffic:
         if self.how == "iperf":
             return "anywhere"
         if self.how == "pairs":
-            return f"{self.pairs} x switch and load of a pair on one core"
+            return f"one switch of {self.pairs} worker(s), each with the load of a pair of queues on one core"
         if self.how == "apart":
             return "switch on a core, both guests' processes on the other"
         return "switch on a core, one load for all guests on the other, spinning"

@@ -38,12 +38,11 @@ def plan_of(traffic: Traffic, spin: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def ours(traffic: Traffic) -> Iterator[Measure]:
     with contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(_pair(traffic, i)) for i in range(traffic.pairs)]
+        tell, hear = stack.enter_context(_side(traffic))
 
         def measure(seconds: float) -> Run:
-            for tell, _ in sides:
-                tell(seconds)
-            return _sum([hear() for _, hear in sides])
+            tell(seconds)
+            return hear()
 
         measure(WARM_SECONDS)
         yield measure
@@ -53,28 +52,32 @@ Side = tuple[Callable[[float], None], Callable[[], Run]]
 
 
 @contextlib.contextmanager
-def _pair(traffic: Traffic, index: int) -> Iterator[Side]:
+def _side(traffic: Traffic) -> Iterator[Side]:
     """A switch with its guests: what begins a run, and what waits for its figures."""
     cpus = two_cpus()
-    alone = traffic.how == "pairs"
-    back, front = (cpus[index], cpus[index]) if alone else cpus
-    spin = not alone and traffic.how != "apart"
+    pairs = cpus[: traffic.pairs] if traffic.how == "pairs" else ()
+    back, front = (set(pairs), set(pairs)) if pairs else ({cpus[0]}, {cpus[1]})
+    queues = len(pairs) or traffic.queues
+    spin = not pairs and traffic.how != "apart"
     count = 1 if traffic.how in ("null", "tap") else 2
-    memory = 16 + 2 * traffic.queues * (traffic.working_set >> 20)
+    memory = 16 + 2 * queues * (traffic.working_set >> 20)
     with contextlib.ExitStack() as stack:
-        bed = stack.enter_context(Bed(cpus={back}, spin_us=SPIN_US if spin else 0, classes=["vif"]))
+        workers = len(pairs) or 1
+        bed = stack.enter_context(Bed(cpus=back, workers=workers, spin_us=SPIN_US if spin else 0, classes=["vif"]))
+        if pairs:
+            bed.pin_workers(pairs)
         bridge = BRIDGES.get(traffic.how, "switch:bench")
         # Of a limited vif it is the first, so that the first path is from it and the second to it.
         keys = [{"rate": f"{traffic.rate // 1000},1000"} if traffic.rate else {}, {}][:count]
-        vifs = [bed.vif(bridge, memory_mib=memory, keys=some, queues=traffic.queues) for some in keys]
+        vifs = [bed.vif(bridge, memory_mib=memory, keys=some, queues=queues) for some in keys]
         if traffic.how == "tap":
             up(bridge.partition(":")[2])
         plan = plan_of(traffic, spin)
         if traffic.how == "apart":
-            guests = [bed.net_guest([vif], {front}, traffic.working_set) for vif in vifs]
+            guests = [bed.net_guest([vif], front, traffic.working_set) for vif in vifs]
             plans = [{**plan, "paths": [[0, -1]], "to": vifs[1]["mac"]}, {**plan, "paths": [[-1, 0]]}]
         else:
-            guests = [bed.net_guest(vifs, {front}, traffic.working_set)]
+            guests = [bed.net_guest(vifs, front, traffic.working_set, pairs=pairs)]
             paths = {"both": [[0, 1], [1, 0]], "null": [[0, -1]], "tap": [[0, -1]]}.get(traffic.how, [[0, 1]])
             plans = [{**plan, "paths": paths}]
         yield turn(guests, plans, bed.pid)
@@ -97,16 +100,6 @@ def turn(guests: Sequence[Agent], plans: Sequence[dict[str, Any]], switch: int) 
         return last
 
     return tell, hear
-
-
-def _sum(runs: Sequence[Run]) -> Run:
-    """Of pairs that ran at the same time."""
-    total = dict(runs[0])
-    for other in runs[1:]:
-        for name in ("rate", "bytes_per_second", "requests", "sent"):
-            total[name] += other[name]
-        total["cpu_us"] = (total["cpu_us"] + other["cpu_us"]) / 2
-    return total
 
 
 def up(name: str) -> None:

@@ -134,14 +134,16 @@ class _Lane:
 class Generator(Closing):
     """Vifs to send from and to receive by; a context manager that closes them."""
 
-    def __init__(self, vifs: Sequence[Netfront], *, working_set: int = 2 << 20) -> None:
+    def __init__(self, vifs: Sequence[Netfront], *, working_set: int = 2 << 20, queue: int | None = None) -> None:
         """The vifs are connected. `working_set`: bytes of all pages together of the queues that a packet goes through,
-        the sender's and the receiver's, for each pair; rounded up to a ring's worth of pages at both."""
+        the sender's and the receiver's, for each pair; rounded up to a ring's worth of pages at both. With `queue` it
+        has that queue of each vif alone, and another generator, in another thread, may have another."""
         warm()
         self.vifs = list(vifs)
         pages = max(SLOTS, working_set // 2 // _PAGE)
         self.working_set = 2 * pages * _PAGE
-        self._lanes = [[_Lane(vif, queue, pages) for queue in vif.queues] for vif in self.vifs]
+        chosen = slice(None) if queue is None else slice(queue, queue + 1)
+        self._lanes = [[_Lane(vif, one, pages) for one in vif.queues[chosen]] for vif in self.vifs]
         self._all = [lane for lanes in self._lanes for lane in lanes]
         self._load = np.zeros(1, records.LOAD)
         self._hist = np.zeros(HIST_BUCKETS, np.uint64)

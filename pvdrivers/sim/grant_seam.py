@@ -144,11 +144,8 @@ def _copy_held(ctx, gref: int, domid: int, offset: int, memory: int, length: int
 @inline
 def _same_page(op, other) -> bool:  # type: ignore[no-untyped-def]
     """Whether two copies want the same of the same page."""
-    return (
-        op["gref"] == other["gref"]
-        and op["domid"] == other["domid"]
-        and (op["flags"] ^ other["flags"]) & OP_TO_GUEST == 0
-    )
+    same = op["gref"] == other["gref"] and op["domid"] == other["domid"]
+    return bool(same and (op["flags"] ^ other["flags"]) & OP_TO_GUEST == 0)
 
 
 @inline

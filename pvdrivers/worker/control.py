@@ -23,6 +23,7 @@ from pvdrivers.storage import software_pool
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
 from pvdrivers.syscalls import CYCLES, MAP_NORESERVE
+from pvdrivers.thread_names import name_thread
 from rings.jit import compile_for
 
 from . import loop
@@ -191,6 +192,7 @@ class Worker:
     def _main(self) -> None:
         # Signals are for the control thread; here they would only end a wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {INTERRUPT})
+        name_thread(f"worker-{self.index}")
         try:
             enable(self.uring.address)
             loop.run(self.address)
@@ -235,6 +237,15 @@ class Worker:
         before, self._passes = self._passes, int(self._record[0]["passes"])
         self.ring_doorbell()
         return self._passes != before and not self.failed
+
+    def come_round(self, timeout: float = float("inf")) -> None:
+        """Wait until no pass is under way that had begun before; not for a loop that has ended."""
+        passes, deadline = int(self._record[0]["passes"]), time.monotonic() + timeout
+        while int(self._record[0]["passes"]) - passes < 2 and self._thread is not None and not self.failed:
+            if time.monotonic() > deadline:
+                return
+            self.ring_doorbell()
+            time.sleep(0.0002)
 
     def ring_doorbell(self) -> None:
         """Have the worker look at the states of its rings."""

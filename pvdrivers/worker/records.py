@@ -144,6 +144,7 @@ RING = np.dtype(
         ("end", "i8"),  # address of the RING_END
         ("device", "i8"),  # address of the class's device record
         ("priv", "i8"),  # address of the class's queue record, if it has one
+        ("local", "i8"),  # address of what its class has for all rings of this worker together, if there is such
         ("port", "i8"),  # -1: it has none, and is ready when its event_fd is, a descriptor of its class's own
         ("event_fd", "i8"),
         ("event_token", "i8"),

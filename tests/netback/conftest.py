@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from pvdrivers.frontends.netfront import Netfront, warm
 from pvdrivers.sim import toolstack
 
 COMMAND = [sys.executable, "-m", "pvdrivers"]
+WORKERS = os.environ.get("PVDRIVERS_TEST_WORKERS", "1")
+"""Of the daemon that all tests have but those of several workers, which have `several`."""
 
 
 class Daemon:
@@ -31,7 +35,8 @@ class Daemon:
     def start(self) -> None:
         with self.log.open("a") as log:
             self.popen = subprocess.Popen(
-                [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", "1", *self.options],
+                [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", WORKERS,
+                 *self.options],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         assert self.popen.stdout is not None
@@ -121,9 +126,9 @@ def until(reached: Callable[[], Any], timeout: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="session")
-def xen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("xen")
+@contextlib.contextmanager
+def embedded(path: Path) -> Iterator[Path]:
+    """An embedded Xen with that run directory."""
     warm()
     with subprocess.Popen([*COMMAND, "sim", "--run-dir", str(path)], stdout=subprocess.PIPE, text=True) as popen:
         assert popen.stdout is not None
@@ -131,6 +136,12 @@ def xen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
         popen.terminate()
         assert popen.wait(20) == 0
+
+
+@pytest.fixture(scope="session")
+def xen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with embedded(tmp_path_factory.mktemp("xen")) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +155,25 @@ def daemon(xen: Path) -> Iterator[Daemon]:
 def net(xen: Path, daemon: Daemon) -> Iterator[Net]:
     dom0 = sim.open(xen)
     net = Net(dom0, xen, daemon)
+    yield net
+    net.end()
+    dom0.close()
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with two workers, on a Xen of its own."""
+    with embedded(tmp_path_factory.mktemp("workers")) as path:
+        daemon = Daemon(path, path / "serve.log", "--workers", "2")
+        yield daemon
+        daemon.stop()
+
+
+@pytest.fixture
+def several(workers: Daemon) -> Iterator[Net]:
+    """Guests of switches of two shards."""
+    dom0 = sim.open(workers.run_dir)
+    net = Net(dom0, workers.run_dir, workers)
     yield net
     net.end()
     dom0.close()

@@ -134,7 +134,7 @@ class Bed:
         packet[0]["data"], packet[0]["have"] = data.address, len(frame)
         packet[0]["said"] = 0 if said is None else said[0] << 32 | said[1]
         parse(pa)
-        queue = int(choose_queue(self.port.ctypes.data, pa, self.twin.queues))
+        queue = int(choose_queue(self.port.ctypes.data, pa, self.twin.queues, 1))
         tell = int(packet[0]["tell"])
         told = (tell >> 32, tell & 0xFFFFFFFF) if tell else None
         version, ports = int(packet[0]["l3"]), None

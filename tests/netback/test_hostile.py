@@ -13,7 +13,7 @@ from pvdrivers.frontends import netfront_kernels as kernels
 from rings import netif
 from rings.ring import RING_END
 
-from .conftest import Guest, until
+from .conftest import WORKERS, Guest, until
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 NO_GREF = 0x7FFFFFF
@@ -102,7 +102,8 @@ def test_grants_that_are_not_there(net: Any) -> None:
     until(lambda: liar.counted("refused") == 2)
     with pytest.raises(TimeoutError):
         b.vif.receive(0.1)
-    assert b.vif.stats()["rx_errors"] == 1  # its buffers came back, and say so
+    # Its buffers came back, and say so; of a packet that would have come from another worker it never hears.
+    assert b.vif.stats()["rx_errors"] == int(WORKERS == "1")
     queue = liar.vif.queues[0]
     queue._keep["in_flight"][:] = 1  # two of those ids were never netfront's
     fresh, fresh_id = page_of(liar, liar.frame(b, b"better"))

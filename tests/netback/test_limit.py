@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from netback.limit import charge, end_turn, has_credit, may_begin
+from netback.limit import AGAIN_NS, charge, end_turn, has_credit, may_begin, may_pass
 from netback.records import LIMIT
 from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront import Frame
@@ -68,6 +68,28 @@ def test_no_rate_is_no_limit() -> None:
     worker, limit, ring = np.zeros(1, WORKER), np.zeros(1, LIMIT), np.zeros(1, RING)
     for _ in range(100):
         assert _visit(worker.ctypes.data, limit.ctypes.data, 0, ring.ctypes.data, 65535, 32) == 32
+
+
+def test_one_worker_at_a_time_looks_into_the_bucket() -> None:
+    """Two have queues of a vif: who finds the other at it comes again, and takes nothing."""
+    workers, limit, rings = np.zeros(2, WORKER), np.zeros(1, LIMIT), np.zeros(2, RING)
+    workers["now"] = 10**9
+    la, wa, ra = (int(array.ctypes.data) for array in (limit, workers, rings))
+    wb, rb = wa + WORKER.itemsize, ra + RING.itemsize
+    limit[0]["rate"], limit[0]["burst"], limit[0]["shared"] = 1.0, 131072.0, 1
+    assert may_begin(wa, la, 0, ra)
+    tokens = float(limit[0]["tokens"])
+    assert not may_begin(wb, la, 1, rb)
+    assert not may_pass(la, 1, 1500, 10**9)
+    assert rings[1]["wake_at"] == 10**9 + AGAIN_NS and limit[0]["tokens"] == tokens
+    end_turn(la, 1, 1)  # not his
+    assert limit[0]["holder"] == 1
+    end_turn(la, 0, 0)
+    assert may_pass(la, 1, 1500, 10**9) and limit[0]["tokens"] == tokens - 1500 and limit[0]["holder"] == 0
+    limit[0]["rate"] = 0  # while somebody is at it
+    limit[0]["holder"] = 2
+    end_turn(la, 1, 0)
+    assert limit[0]["holder"] == 0
 
 
 def flow(guest: Guest, to: Guest, port: int, size: int) -> bytes:

@@ -218,7 +218,7 @@ def test_a_vif_with_fewer_queues_than_its_table_was_made_for() -> None:
     bed = hashing(mapping=4)
     bed.ask(netif.CTRL_SET_HASH_MAPPING, 9, 4, 0, page=mapping(2, 2, 2, 2))
     packet = np.zeros(1, PACKET)
-    assert 0 <= choose_queue(bed.port.ctypes.data, packet.ctypes.data, 1) < 1
+    assert 0 <= choose_queue(bed.port.ctypes.data, packet.ctypes.data, 1, 1) < 1
 
 
 FRAMES = st.one_of(

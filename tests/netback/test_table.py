@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.records import MAX_LEARNED, PORT, SWITCH, TABLE_BITS, TABLE_ENTRY
+from netback.records import COMMON, MAX_LEARNED, PORT, SWITCH, TABLE_BITS, TABLE_ENTRY
 from netback.table import AGE_NS, learn, lookup
 
 PORTS = 4
@@ -84,8 +84,82 @@ def test_who_floods_the_table_pushes_out_his_own() -> None:
     assert len(there) == 200
     for k in range(20_000):
         table.learn(2, (k * 0x9E3779B97F4A7C15) & 0xFFFF_FFFF_FFFE, 2)
-    assert int(table.ports[2]["learned"]) <= MAX_LEARNED
+    assert int(table.ports[2]["learned"][0]) <= MAX_LEARNED
     lost = [mac for mac in there if table.lookup(mac, 3) != 0]
     assert len(lost) <= 4  # before it had many, it took what was oldest
     assert table.lookup(0xABCDEF, 3) == 1
-    assert sum(int(port["learned"]) for port in table.ports) == int((table.entries["epoch"] != 0).sum())
+    assert sum(int(port["learned"][0]) for port in table.ports) == int((table.entries["epoch"] != 0).sum())
+
+
+SHARDS = 3
+
+
+class Shards(Table):
+    """Ports with queues in all of three shards."""
+
+    def __init__(self) -> None:
+        self.common = np.zeros(1, COMMON)
+        self.switches = np.zeros(SHARDS, SWITCH)
+        self.tables = np.zeros((SHARDS, 1 << TABLE_BITS), TABLE_ENTRY)
+        self.ports, self.epochs = np.zeros(PORTS, PORT), 0
+        size = SWITCH.itemsize
+        for s, row in enumerate(self.switches):
+            row["shard"], row["shards"], row["common"] = s, SHARDS, self.common.ctypes.data
+            row["table"], row["top"] = self.tables[s].ctypes.data, PORTS
+            row["peers"][:SHARDS] = [self.switches.ctypes.data + k * size for k in range(SHARDS)]
+        for i in range(PORTS):
+            self.join(i)
+
+    def join(self, i: int) -> None:
+        self.epochs += 1
+        self.ports[i] = np.zeros((), PORT)
+        self.ports[i]["index"], self.ports[i]["epoch"] = i, self.epochs
+        self.switches["ports"][:, i] = self.address(i)
+
+    def leave(self, i: int) -> None:
+        self.switches["ports"][:, i] = 0
+
+    def at(self, shard: int) -> int:
+        return int(self.switches.ctypes.data) + shard * SWITCH.itemsize
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["learn"] * 6 + ["fix", "rejoin", "wait"]), st.integers(0, PORTS - 1),
+                  st.integers(1, 4), st.integers(0, SHARDS - 1)),
+        max_size=60,
+    )
+)  # fmt: skip
+def test_shards_against_a_dictionary(steps: list[tuple[str, int, int, int]]) -> None:
+    """Whoever has seen an address last is right, whichever shard asks."""
+    table, now = Shards(), 0
+    known: dict[int, tuple[int, int, bool]] = {}  # address -> port, when, fixed
+    for what, port, mac, shard in steps:
+        if what == "wait":
+            now += AGE_NS // 3
+        elif what == "rejoin":
+            table.leave(port)
+            table.join(port)
+            known = {m: k for m, k in known.items() if k[0] != port}
+        else:
+            before = known.get(mac)
+            taken = before is not None and before[2] and before[0] != port
+            for s in range(SHARDS) if what == "fix" else (shard,):
+                assert bool(learn(table.at(s), table.address(port), mac, now, int(what == "fix"))) == (not taken)
+            if not taken:
+                known[mac] = (port, now, what == "fix" or (before is not None and before[2]))
+        known = {m: k for m, k in known.items() if k[2] or now - k[1] < AGE_NS}
+        for m in range(1, 5):
+            expected = known[m][0] if m in known else -1
+            assert [int(lookup(table.at(s), m, now)) for s in range(SHARDS)] == [expected] * SHARDS
+    assert (table.tables["version"] & 1 == 0).all()
+
+
+def test_what_another_shard_is_just_writing_is_not_believed() -> None:
+    table = Shards()
+    learn(table.at(0), table.address(1), 77, 0, 0)
+    assert lookup(table.at(1), 77, 0) == 1
+    (row,) = np.flatnonzero(table.tables[0]["mac"] == 77)
+    table.tables[0][row]["version"] += 1  # between the two halves of a change
+    table.tables[0][row]["port"] = 1 << 40
+    assert lookup(table.at(1), 77, 0) == -1
