@@ -168,7 +168,7 @@ def _fits_pages(op) -> bool:  # type: ignore[no-untyped-def]
     length = np.int64(op["length"])
     if np.int64(op["flags"]) & OP_BETWEEN != 0 and ((op["address"] >> 32) & 0xFFFF) + length > PAGE_SIZE:
         return False
-    return np.int64(op["offset"]) + length <= PAGE_SIZE
+    return bool(np.int64(op["offset"]) + length <= PAGE_SIZE)
 
 
 @seam_function
