@@ -67,6 +67,7 @@ def together(generators: Sequence[Generator], cpus: Sequence[int], plan: NetPlan
     return NetResult(
         max(one.seconds for one in results),
         **{name: sum(getattr(one, name) for one in results) for name in counts},
+        path_bytes=tuple(map(sum, zip(*(one.path_bytes for one in results)))),
         hist=sum((one.hist for one in results[1:]), results[0].hist),
     )
 
