@@ -116,6 +116,10 @@ class Old:
         elif not force and not self._host.context.options.get("journal", True):
             send(sock, event="failed", why=f"it keeps no journal (--no-journal), so {_CLOSES}")
             sock.close()
+        elif not force and (lost := [str(i.ident) for i in self._host.lives.values() if "lost" in i.troubles.now]):
+            why = f"xenstore was restarted and has forgotten {', '.join(lost)}, which nobody could take over"
+            send(sock, event="failed", why=f"{why}: end its guest first, or give --force, and it is lost")
+            sock.close()
         else:
             self._force = force
             self._start(sock, timeout)

@@ -16,13 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from pvdrivers.cli.arguments import parser
-from pvdrivers.errors import PvError
+from pvdrivers.errors import ConfigError, PvError
 
 if TYPE_CHECKING:
     import argparse
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_USAGE = 2
+"""As argparse has it; and of a service that is told what cannot be: to start it again would change nothing."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flushed(verb.run(args))
     except PvError as error:
         print(f"pvdrivers: error: {error}", file=sys.stderr)
-        return _flushed(EXIT_FAILED)
+        told = isinstance(error, ConfigError) and args.verb in _SERVICES
+        return _flushed(EXIT_USAGE if told else EXIT_FAILED)
     except KeyboardInterrupt:
         return _flushed(EXIT_INTERRUPTED)
     except Terminated:

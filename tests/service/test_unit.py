@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pvdrivers.cli import EXIT_USAGE
 from pvdrivers.frontends.load import Load
 from pvdrivers.storage.xl_disk import parse_xl_disk
 from tests.restart.bed import Bed
@@ -128,6 +129,8 @@ def test_it_says_what_it_does() -> None:
     assert settings("Type") == ["notify"] and settings("NotifyAccess") == ["all"]
     assert settings("RuntimeDirectoryPreserve") == ["yes"] and settings("Restart") == ["always"]
     assert "privcmd" not in " ".join(settings("DeviceAllow"))
+    assert "-/proc/xen/privcmd" in settings("InaccessiblePaths")[0].split()
+    assert settings("RestartPreventExitStatus") == [str(EXIT_USAGE)]
     assert not settings("MemoryDenyWriteExecute") and "# MemoryDenyWriteExecute=" in UNIT
 
 
