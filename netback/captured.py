@@ -5,21 +5,20 @@ from __future__ import annotations
 
 from pvdrivers.capture_ring import RECORD, capture_at, put_record, take_room
 from pvdrivers.worker.marks import ring_at, worker_at
-from pvdrivers.worker.records import STATS
 from rings.atomics import i64, records
 from rings.jit import kernel
 
 from .records import packet_at, port_at
-
-_STATS_SIZE = STATS.itemsize
+from .waiting import rx_queue_at
 
 
 @kernel
 def _capture(wa: int, porta: int, ra: int, pa: int, outbound: int) -> None:
     port, packet = port_at(porta), packet_at(pa)
     ca = port["capture"]
-    # The counters of a vif's queues stand in a row.
-    queue = (ring_at(ra)["stats"] - ring_at(port["out"][0])["stats"]) // _STATS_SIZE
+    if ca == 0:
+        return  # it has ended since somebody looked
+    queue = rx_queue_at(ring_at(ra)["priv"])["index"]
     length = min(packet["have"], capture_at(ca)["snap"])
     at = take_room(ca, queue, length)
     if at == 0:

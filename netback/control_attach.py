@@ -10,7 +10,7 @@ import numpy as np
 
 from pvdrivers.device import FrontKeys
 from pvdrivers.errors import ProtocolViolation
-from pvdrivers.worker.control import Memory, Worker
+from pvdrivers.worker.control import Memory
 from rings import netif
 from rings import ring as ringlib
 from rings.jit import address_of
@@ -73,10 +73,9 @@ class _Release:
     """As a mapping is given back, so are those that the guest has asked for."""
 
     control: Control
-    worker: Worker
 
     def unmap(self) -> None:
-        self.control.staging.release(self.worker)
+        self.control.staging.release()
 
 
 def attach_control(device: VifBackend, keys: ControlKeys, state: QueueState, recover: bool) -> None:
@@ -88,7 +87,7 @@ def attach_control(device: VifBackend, keys: ControlKeys, state: QueueState, rec
     domid, worker = device.ident.domid, state.worker
     control = Control(device, keys, len(device.queues) - 1, recover=recover)
     # Before what may fail: whatever it has set aside or mapped is given back with the others.
-    state.mappings.append(_Release(control, worker))
+    state.mappings.append(_Release(control))
     state.mappings.append(device.context.platform.grants.map(domid, [keys.gref]))
     state.tx_port = state.rx_port = worker.events.bind_interdomain(domid, keys.port)
     handle = worker.new_ring(device, state.tx_port)

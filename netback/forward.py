@@ -16,7 +16,7 @@ from typing import Any
 
 from pvdrivers.worker.batch import op_at, seam_of
 from pvdrivers.worker.marks import stats_at, worker_at
-from rings.atomics import call, i64
+from rings.atomics import call, i64, load_once64
 from rings.jit import inline, kernel
 from rings.netif import RSP_ERROR
 from rings.vnet import CSUM_BLANK
@@ -84,8 +84,10 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
     packet["to"] = index if index >= 0 else TO_ALL
     if index == port_at(porta)["index"]:
         packet["to"] = TO_NOBODY
-    elif index >= 0 and switch_at(swa)["shards"] > 1 and switch_at(swa)["ports"][index] != 0:
-        packet["epoch"] = port_at(switch_at(swa)["ports"][index])["epoch"]
+    elif index >= 0 and switch_at(swa)["shards"] > 1:
+        other = load_once64(swa + index * 8)  # SWITCH.ports is the first field; it may become 0
+        if other != 0:
+            packet["epoch"] = port_at(other)["epoch"]
 
 
 @inline

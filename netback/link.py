@@ -37,8 +37,9 @@ from rings.ring import RING_END
 
 from .records import FRAGMENT_AT, HEADROOM, MAX_SHARDS, PACKET, packet_at
 
-LINK_BYTES = 1 << 21
-"""Bytes of packets that are on their way from one worker to another; resident only once they were used."""
+LINK_BYTES, WIRE_BYTES = 1 << 21, 1 << 18
+"""Bytes of packets that are on their way from one worker to another, of a switch and of a wire, which each vif may
+have; resident only once they were used."""
 _LINE = 64
 HEAD_BYTES = ((FRAGMENT_AT + _LINE - 1) & ~(_LINE - 1)) + HEADROOM
 """Before the bytes of a packet: what is known of it, and room for a tag and for what a TAP is told."""

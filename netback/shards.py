@@ -81,7 +81,7 @@ class Shards:
 
     violations: dict[int, str] = {}
 
-    def __init__(self, name: str, workers: list[Worker]) -> None:
+    def __init__(self, name: str, workers: list[Worker], link_bytes: int = LINK_BYTES) -> None:
         """Raises PvError without a descriptor, or a ring of a worker, more."""
         self.ident = DeviceId(0, f"switch-{name}", 0, 0, "")  # nobody's in the store
         self.all = [Shard(worker) for worker in workers]
@@ -97,7 +97,7 @@ class Shards:
             for s, shard in enumerate(self.all):
                 for t, there in enumerate(inboxes):
                     if t != s:
-                        shard.record[0]["links"][t] = _new_link(shard, there.address)
+                        shard.record[0]["links"][t] = _new_link(shard, there.address, link_bytes)
             try:
                 for shard, memory in zip(self.all, inboxes):
                     self._fill_inbox(shard, memory)
@@ -153,9 +153,9 @@ class Shards:
         self._fds = []
 
 
-def _new_link(shard: Shard, inbox_address: int) -> int:
+def _new_link(shard: Shard, inbox_address: int, size: int) -> int:
     """The address of a LINK from a shard to an inbox."""
     memory = shard.new_memory(LINK.itemsize)
     row = memory.array(LINK, 1)[0]
-    row["data"], row["size"], row["inbox"] = shard.new(LINK_BYTES), LINK_BYTES, inbox_address
+    row["data"], row["size"], row["inbox"] = shard.new(size), size, inbox_address
     return memory.address

@@ -9,7 +9,7 @@ import numpy as np
 
 from pvdrivers.platform import GRANT_OP
 from pvdrivers.worker.batch import op_at, unmap_batch
-from pvdrivers.worker.control import Memory, Worker
+from pvdrivers.worker.control import Memory
 from rings.jit import compile_for, kernel
 
 from .control_records import MOST_STAGED
@@ -60,11 +60,11 @@ class Staging:
         """The address of the STAGE of a queue."""
         return self.address + queue * STAGE_SIZE
 
-    def release(self, worker: Worker) -> None:
-        """Unmap all, and give back what was set aside. The worker serves none of the vif's rings any more."""
+    def release(self) -> None:
+        """Unmap all, and give back what was set aside. No worker serves any of the vif's rings any more."""
         ops = np.zeros(MOST_STAGED, GRANT_OP)
         for q in range(self._queues):
-            unmap_all(worker.address, self.at(q), ops.ctypes.data)
+            unmap_all(self.at(q), ops.ctypes.data)
         self._device.context.budget.give_back(str(self._device.ident))
 
 
@@ -75,17 +75,20 @@ def set_owner(sa: int, wa: int, stats: int) -> None:
 
 
 @kernel
-def unmap_all(wa: int, sa: int, ops: int) -> None:
-    """Empty a table. `ops` is the address of GRANT_OP[MOST_STAGED], of the control thread's own."""
+def unmap_all(sa: int, ops: int) -> None:
+    """Empty a table. `ops` is the address of GRANT_OP[MOST_STAGED], of the control thread's own.
+
+    By the seam of its queue's worker, which has mapped them: on Xen a handle says nothing to another's.
+    """
     n = 0
     while stage_at(sa)["used"] > 0:
         op_at(ops, n)["handle"] = take_one(sa)
         n += 1
-    unmap_batch(wa, ops, n)
+    unmap_batch(stage_at(sa)["worker"], ops, n)
 
 
 def warm() -> None:
     """Compile what the control thread calls."""
     compile_for(format_stage, 2)
     compile_for(set_owner, 3)
-    compile_for(unmap_all, 3)
+    compile_for(unmap_all, 2)

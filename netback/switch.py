@@ -21,6 +21,7 @@ from pvdrivers.worker.control import Worker, WorkerPool
 from pvdrivers.worker.words import store_word
 
 from .kept_file import KeptFile
+from .link import LINK_BYTES, WIRE_BYTES
 from .records import GROUPS, JOINS_AT, LIMIT, MAX_PORTS, MAX_SHARDS, PORT, SWITCH
 from .shards import Shard, Shards
 
@@ -67,7 +68,7 @@ class Switch:
     def __init__(self, name: str, workers: Sequence[Worker], *, wire: bool = False) -> None:
         """Raises PvError without a descriptor, or a ring of a worker, more."""
         self.name, self._wire = name, wire
-        self._shards = Shards(name, list(workers[:MAX_SHARDS]))
+        self._shards = Shards(name, list(workers[:MAX_SHARDS]), WIRE_BYTES if wire else LINK_BYTES)
         self.shards = self._shards.all
         self.uplink: Any = None
         """Its Uplink, if it has one."""
@@ -87,7 +88,8 @@ class Switch:
             self._count(port, 1)
             port.record[0]["home"] = port.home
             port.limits["shared"] = min(queues, len(self.shards)) > 1
-            port.limits["holder"] = 0
+            for name in ("holder", "waiting", "turn", "passed"):
+                port.limits[name] = 0
 
     def _count(self, port: Port, one: int) -> None:
         for q in range(port.queues):
@@ -141,9 +143,11 @@ class Switch:
                 return
             for shard in self.shards:
                 store_word(shard.address + index * 8, 0)
-            del self._ports[index]
         if len(self.shards) > 1:
             self.come_round()
+        with self._lock:
+            if self._ports.get(index) is port:  # not before: a pass that has it yet takes whoever has it for this one
+                del self._ports[index]
 
     def close(self) -> None:
         """A wire whose ports have left; another switch stays. Harmless a second time."""
@@ -173,7 +177,9 @@ def find_switch(pool: WorkerPool, name: str) -> Switch:
     with _switches_lock:
         mine = _switches.setdefault(pool, {})
         if name not in mine:
-            mine[name] = Switch(name, pool.workers)
+            # What one queue will do for is with each worker in turn, switch by switch.
+            first = pool.workers.index(pool.choose(1)[0])
+            mine[name] = Switch(name, [*pool.workers[first:], *pool.workers[:first]])
         return mine[name]
 
 

@@ -7,10 +7,16 @@ import os
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 
+from netback import staging, staging_share
+from netback.staging import STAGE_SIZE
 from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront_keys import Wishes
+from pvdrivers.platform import GRANT_OP, SEAM
+from pvdrivers.worker.control import Memory
+from pvdrivers.worker.records import WORKER
 from rings import netif
 
 from .conftest import Guest, until
@@ -212,3 +218,22 @@ def test_a_violation_unmaps_all(net: Any) -> None:
     until(lambda: bool(liar.vif.failure) or liar.vif.connections == 2)
     until(lambda: liar.vif.stats()["stuck_grants"] == 0)
     talk(a, b)
+
+
+def test_pages_are_unmapped_by_the_worker_that_has_mapped_them() -> None:
+    """On Xen each has handles of its own, and the same number means another's page to another."""
+    seen = []
+    unmap = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(lambda ctx, ops, n, _: seen.append((ctx, n)) or 0)
+    workers, seams, ops = np.zeros(2, WORKER), np.zeros(2, SEAM), np.zeros(4, GRANT_OP)
+    tables = Memory(2 * STAGE_SIZE)
+    for k in range(2):
+        seams[k]["grant_unmap"], seams[k]["grant_ctx"] = ctypes.cast(unmap, ctypes.c_void_p).value, 100 + k
+        workers[k]["seam"] = seams.ctypes.data + k * SEAM.itemsize
+        table = tables.address + k * STAGE_SIZE
+        staging.format_stage(table, 4)
+        staging_share.set_owner(table, workers.ctypes.data + k * WORKER.itemsize, 0)
+        for gref in range(k + 1):
+            staging.insert(table, 8 + gref, 1)
+    for k in range(2):
+        staging_share.unmap_all(tables.address + k * STAGE_SIZE, ops.ctypes.data)
+    assert seen == [(100, 1), (101, 2)]
