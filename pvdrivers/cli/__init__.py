@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flushed(verb.run(args))
     except PvError as error:
         print(f"pvdrivers: error: {error}", file=sys.stderr)
-        told = isinstance(error, ConfigError) and args.verb in _SERVICES
+        told = isinstance(error, ConfigError) and args.verb == "serve"
         return _flushed(EXIT_USAGE if told else EXIT_FAILED)
     except KeyboardInterrupt:
         return _flushed(EXIT_INTERRUPTED)
