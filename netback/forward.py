@@ -26,7 +26,7 @@ from .deliver import begin, flush, takes_blank
 from .frame import fill_checksum, parse
 from .gather import gather
 from .hashing import choose_queue
-from .port_out import to_port
+from .port_out import goes_from_pages, to_port
 from .receive import may_leave, takes_whole, to_vif
 from .records import (
     N_NOBODY,
@@ -98,7 +98,10 @@ def _note_wishes(pa: int, porta: int) -> None:
     if packet["csum"] == CSUM_BLANK and packet["gso_size"] == 0 and packet["l4"] != 0:
         if not takes_blank(packet, port["accepts"]):
             packet["fill"] = 1
-    whole = port["kind"] == PORT_VIF and takes_whole(packet, port["accepts"], port["headroom"])
+    if port["kind"] == PORT_VIF:
+        whole = takes_whole(packet, port["accepts"], port["headroom"])
+    else:
+        whole = goes_from_pages(pa)
     if not whole or packet["fill"] != 0 or port["capture"] != 0:
         packet["want"] = packet["size"]
 
@@ -108,7 +111,7 @@ def _send_to(wa: int, swa: int, pa: int, porta: int, ra: int) -> None:
     if port_at(porta)["kind"] == PORT_VIF:
         to_vif(wa, swa, pa, porta, ra)
     else:
-        to_port(pa, ra)
+        to_port(swa, pa, ra)
 
 
 @inline

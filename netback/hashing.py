@@ -85,7 +85,7 @@ def _spread(porta: int, pa: int, flow: int, queues: int, shards: int) -> int:
     """The queue of a flow: one that is in the shard where the packet came in, if there is such, so that it stays with
     one worker."""
     if shards <= 1:
-        return flow % queues
+        return flow % queues if queues > 1 else i64(0)
     first = (packet_at(pa)["origin"] - port_at(porta)["home"]) % shards
     if first >= queues:
         return flow % queues

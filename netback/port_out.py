@@ -1,6 +1,8 @@
-"""Packets that leave by a descriptor: a TAP, or a packet socket. One write each; all their bytes are private by then.
+"""Packets that leave by a descriptor: a TAP, or a packet socket. One write each.
 
-A descriptor that does not take a packet loses it; one that is gone is told to the control thread, once.
+The first bytes, which were looked at, are private; the others go from the sender's pages where these are mapped, or
+else are private as well by then. A descriptor that does not take a packet loses it; one that is gone is told to the
+control thread, once.
 """
 
 from __future__ import annotations
@@ -8,14 +10,17 @@ from __future__ import annotations
 from errno import EAGAIN, EBADFD, ENETDOWN, ENOBUFS, ENODEV, ENXIO
 from typing import Any
 
-from pvdrivers.syscalls import write
+from pvdrivers.syscalls import IOVEC, write, writev
 from pvdrivers.worker.marks import mark_lost, ring_at, stats_at
 from pvdrivers.worker.records import RING_ACTIVE
-from rings.atomics import i64
+from rings.atomics import i64, records
 from rings.jit import inline, kernel
-from rings.vnet import VNET_SIZE, put_vnet
+from rings.vnet import CSUM_BLANK, VNET_SIZE, put_vnet
 
-from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, packet_at
+from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, fragment_at, packet_at, switch_at
+from .staging import page_of
+
+_IOVEC_SIZE = IOVEC.itemsize
 
 
 @inline
@@ -39,16 +44,61 @@ def _wrote(ra: int, packet: Any, result: int) -> None:
 
 
 @kernel
-def to_port(pa: int, ra: int) -> None:
-    """Send a packet, of which all bytes are private, by a queue."""
+def goes_from_pages(pa: int) -> bool:
+    """Whether what is not private of a packet may stay where it is, in pages that are mapped. Where the headers are not
+    all private, everything is wanted."""
+    packet = packet_at(pa)
+    if packet["csum"] == CSUM_BLANK and packet["l4"] == 0:
+        return False
+    start = i64(0)
+    for f in range(packet["fragments"]):
+        fragment = fragment_at(pa, f)
+        start += i64(fragment["length"])
+        if start > packet["have"] and page_of(packet["stage"], i64(fragment["gref"]), 0) == 0:
+            return False
+    return True
+
+
+@inline
+def _put_piece(pieces: int, n: int, at: int, length: int) -> None:
+    piece = records(pieces + n * _IOVEC_SIZE, 1, IOVEC)[0]
+    piece["base"], piece["len"] = at, length
+
+
+@kernel
+def _pieces(pa: int, at: int, pieces: int) -> int:
+    """An IOVEC for the private bytes from `at` on, and for each piece that is in a page: how many; 0 if one is not."""
+    packet = packet_at(pa)
+    _put_piece(pieces, 0, at, packet["data"] + packet["have"] - at)
+    n = i64(1)
+    start = i64(0)
+    for f in range(packet["fragments"]):
+        fragment = fragment_at(pa, f)
+        length = i64(fragment["length"])
+        skip = max(packet["have"] - start, 0)
+        if skip < length:
+            page = page_of(packet["stage"], i64(fragment["gref"]), 0)
+            if page == 0:
+                return i64(0)
+            _put_piece(pieces, n, page + i64(fragment["offset"]) + skip, length - skip)
+            n += 1
+        start += length
+    return n
+
+
+@kernel
+def to_port(swa: int, pa: int, ra: int) -> None:
+    """Send a packet by a queue."""
     packet = packet_at(pa)
     ring = ring_at(ra)
     if ring["state"] != RING_ACTIVE:
         return
     at = packet["data"] - VNET_SIZE
-    if packet["have"] < packet["size"] or not put_vnet(
-        at, packet["data"], packet["size"], packet["csum"], packet["gso_size"]
-    ):
+    pieces = switch_at(swa)["pieces"]
+    n = i64(_pieces(pa, at, pieces)) if packet["have"] < packet["size"] else i64(1)
+    if n == 0 or not put_vnet(at, packet["data"], packet["have"], packet["csum"], packet["gso_size"]):
         stats_at(ring["stats"])["kinds"][N_UNSUPPORTED] += 1
-        return
-    _wrote(ra, packet, i64(write(ring["event_fd"], at, packet["size"] + VNET_SIZE)))
+    elif n > 1:
+        _wrote(ra, packet, i64(writev(ring["event_fd"], pieces, n)))
+    else:
+        _wrote(ra, packet, i64(write(ring["event_fd"], at, packet["size"] + VNET_SIZE)))

@@ -249,6 +249,7 @@ SWITCH = np.dtype(
         ("page_at", "i8"),  # ... from where on it is empty,
         ("page_in", "i8"),  # ... and its address, if it is mapped, or 0
         ("scratch", "i8"),  # 64 bytes
+        ("pieces", "i8"),  # IOVEC[MOST_PIECES]: of the packet that is being written to a descriptor
         ("parcel", "i8"),  # PACKET: the segment that is being sent, of one that is cut
         ("cuts", "i8"),  # CUT_BYTES for segments that are on their way
         ("cut_at", "i8"),  # ... from here on they are free
@@ -270,6 +271,7 @@ COMMON = np.dtype(
 """What the shards of a switch have in common: two cache lines, both rarely written."""
 JOINS_AT: int = COMMON.fields["joins"][1]  # type: ignore[index]
 
+MOST_PIECES = MAX_SLOTS + 2
 CUT_BYTES = 4 * MOST_BYTES
 MAX_DELIVERIES = 1024
 DELIVERY = np.dtype([("ring", "i8"), ("first", "i8"), ("slots", "i8"), ("packet", "i8"), ("kept", "i8")], align=True)

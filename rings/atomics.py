@@ -132,6 +132,20 @@ if NUMBA:
 
         return types.none(), codegen
 
+    def _prefetch(write: int) -> Any:
+        @intrinsic
+        def prefetch(typingctx: Any, addr: Any) -> Any:
+            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                p = _ptr(builder, args[0], _I8)
+                kind = ir.FunctionType(ir.VoidType(), [p.type, _I32, _I32, _I32])
+                fn = builder.module.declare_intrinsic("llvm.prefetch", (p.type,), kind)
+                builder.call(fn, [p, _I32(write), _I32(3), _I32(1)])
+                return context.get_dummy_value()
+
+            return types.none(types.int64), codegen
+
+        return prefetch
+
     @intrinsic
     def cycles(typingctx: Any) -> Any:
         """The processor's cycle counter (rdtsc)."""
@@ -231,6 +245,9 @@ else:
 
         return rmw
 
+    def _prefetch(write: int) -> Any:
+        return lambda addr: None
+
     def full_barrier() -> None:
         """The plain twin: one interpreter has one order."""
 
@@ -277,6 +294,10 @@ exchange32, exchange64 = _rmw("xchg", 32), _rmw("xchg", 64)
 fetch_add32, fetch_add64 = _rmw("add", 32), _rmw("add", 64)
 fetch_or32, fetch_or64 = _rmw("or", 32), _rmw("or", 64)
 fetch_and16, fetch_and32, fetch_and64 = _rmw("and", 16), _rmw("and", 32), _rmw("and", 64)
+
+prefetch, prefetch_to_write = _prefetch(0), _prefetch(1)
+"""Have the line at an address brought here meanwhile: a hint, which never faults. What another core has written is some
+hundred instructions away, and nothing behind a locked one is fetched before that is done."""
 
 
 i64: Any = np.int64

@@ -139,11 +139,14 @@ class Bed(Closing):
 
     def net_guest(
         self, vifs: Sequence[dict[str, Any]], cpus: Collection[int] | None = None, working_set: int = 2 << 20,
-        *, pairs: Sequence[int] = (),
+        *, pairs: Sequence[int] = (), staging: bool = True,
     ) -> Agent:  # fmt: skip
         """A process that has these vifs and generates packets (net_guest.py), connected. Raises AgentError. `pairs`:
         cores, each for the load of one queue of all vifs."""
-        setup = {"run_dir": str(self.run_dir), "vifs": list(vifs), "working_set": working_set, "pairs": list(pairs)}
+        setup = {
+            "run_dir": str(self.run_dir), "vifs": list(vifs), "working_set": working_set, "pairs": list(pairs),
+            "staging": staging,
+        }  # fmt: skip
         guest = Agent("pvdrivers.bench.net_guest", setup, cpus)
         self._guests.append(guest)
         return guest

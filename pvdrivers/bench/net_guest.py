@@ -1,6 +1,7 @@
 """The guests' process of a measurement of networks: vifs of one or several domains, and loads on them when told.
 
-First line: run_dir, working_set (bytes, see Generator), and vifs: domid, token, mac, and what else Netfront takes.
+First line: run_dir, working_set (bytes) and staging, see Generator, and vifs: domid, token, mac, and what else Netfront
+takes.
 Commands: {"run": PLAN, "watch": [pid...]}, a load to its end; the answer has its figures. PLAN: the fields of
 pvdrivers.frontends.net_load.NetPlan. The first process that is watched is the switch.
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from pvdrivers.frontends.net_load import Generator, NetPlan, NetResult
 from pvdrivers.frontends.netfront import Netfront
+from pvdrivers.frontends.netfront_keys import Wishes
 from pvdrivers.platform import open_platform
 
 from .agent import Answer, answer
@@ -79,11 +81,13 @@ def _start(setup: dict[str, Any]) -> tuple[Answer, Callable[[], None]]:
         platforms.append(
             open_platform("sim", run_dir=setup["run_dir"], domid=vif["domid"], token=bytes.fromhex(vif["token"]))
         )
-        vifs.append(Netfront(platforms[-1], 0, **options))
+        vifs.append(Netfront(platforms[-1], 0, wishes=Wishes(staging=False), **options))  # its own pages are not used
         vifs[-1].connect(_CONNECT_SECONDS)
     cpus = setup.get("pairs") or []
-    generators = [Generator(vifs, working_set=setup["working_set"], queue=k if cpus else None)
-                  for k in range(len(cpus) or 1)]  # fmt: skip
+    generators = [
+        Generator(vifs, working_set=setup["working_set"], queue=k if cpus else None, staging=setup["staging"])
+        for k in range(len(cpus) or 1)
+    ]
 
     def handle(command: dict[str, Any]) -> dict[str, Any]:
         plan, pids = NetPlan(**command["run"]), ["self", *command.get("watch", ())]

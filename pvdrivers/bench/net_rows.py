@@ -22,7 +22,9 @@ class Traffic:
                 with the load of a queue of both guests
     iperf       iperf3 between two network namespaces: in one a TAP of a guest's netfront, in the other one of netback's
 
-    `rate`: bytes a second that the first guest's vif is limited to, in each direction; 0: to none.
+    `rate`: bytes a second that the first guest's vif is limited to, in each direction; 0: to none. `staging`: the
+    guests have their pages kept mapped, as our netfront does, where all of the working set may be (2 MiB); without it
+    each packet is copied by grefs, as from Linux's netfront.
     """
 
     how: str = "one"
@@ -33,6 +35,7 @@ class Traffic:
     one_at_a_time: bool = False
     pairs: int = 1
     rate: int = 0
+    staging: bool = True
 
     @property
     def gso_size(self) -> int:
@@ -96,20 +99,24 @@ def _bytes(what: str, beside: str = "", target: float | None = None) -> Figure:
     return Figure(what, beside, "bytes_per_second", "B/s", target)
 
 
-def _both(key: str, size: int, target: float) -> NetWork:
-    what = f"A and B to each other by the switch, {size}-byte packets, 1 queue each"
+def _pages(staging: bool) -> str:
+    return "pages kept mapped" if staging else "copied by grefs"
+
+
+def _both(key: str, size: int, target: float, staging: bool = True) -> NetWork:
+    what = f"A and B to each other by the switch, {size}-byte packets, 1 queue each, {_pages(staging)}"
     return NetWork(
-        key, Traffic("both", size),
+        key, Traffic("both", size, staging=staging),
         (Figure(what, TESTPMD, target=target),
          Figure(f"{what}: CPU of the switch a packet", TESTPMD, "switch_ns", "ns", 1.0, "<=")),
         {TESTPMD: "testpmd"},
     )  # fmt: skip
 
 
-def _gso(key: str, working_set: int) -> NetWork:
-    text = f"working set {working_set >> 20} MiB"
+def _gso(key: str, working_set: int, staging: bool = True) -> NetWork:
+    text = f"working set {working_set >> 20} MiB, {_pages(staging)}"
     return NetWork(
-        key, Traffic("one", GSO, working_set=working_set),
+        key, Traffic("one", GSO, working_set=working_set, staging=staging),
         (_bytes(f"A to B by the switch, {GSO} bytes (GSO), {text}", MEMCPY, 0.7),),
         {MEMCPY: "memcpy"},
     )  # fmt: skip
@@ -146,9 +153,12 @@ def _spliced() -> NetWork:
 _ONE_PAIR = "one pair on one core"
 ROWS = (
     _both("net64", 64, 1.5),
+    _both("net64-grefs", 64, 1.5, staging=False),
     _both("net1500", 1500, 1.7),
+    _both("net1500-grefs", 1500, 1.7, staging=False),
     _gso("gso2", SMALL_SET),
-    _gso("gso64", LARGE_SET),
+    _gso("gso2-grefs", SMALL_SET, staging=False),
+    _gso("gso64", LARGE_SET, staging=False),
     NetWork(
         "gso-read", Traffic("one", GSO, look="all"),
         (Figure(f"A to B, {GSO} bytes (GSO), B reads and checks every byte, working set 2 MiB", key="bytes_per_second",

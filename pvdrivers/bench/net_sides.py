@@ -74,10 +74,10 @@ def _side(traffic: Traffic) -> Iterator[Side]:
             up(bridge.partition(":")[2])
         plan = plan_of(traffic, spin)
         if traffic.how == "apart":
-            guests = [bed.net_guest([vif], front, traffic.working_set) for vif in vifs]
+            guests = [bed.net_guest([vif], front, traffic.working_set, staging=traffic.staging) for vif in vifs]
             plans = [{**plan, "paths": [[0, -1]], "to": vifs[1]["mac"]}, {**plan, "paths": [[-1, 0]]}]
         else:
-            guests = [bed.net_guest(vifs, front, traffic.working_set, pairs=pairs)]
+            guests = [bed.net_guest(vifs, front, traffic.working_set, pairs=pairs, staging=traffic.staging)]
             paths = {"both": [[0, 1], [1, 0]], "null": [[0, -1]], "tap": [[0, -1]]}.get(traffic.how, [[0, 1]])
             plans = [{**plan, "paths": paths}]
         yield turn(guests, plans, bed.pid)

@@ -30,6 +30,7 @@ from .netfront import Netfront
 from .netfront import warm as warm_vif
 from .netfront_queue import Queue
 from .netfront_records import MOST_BYTES, SLOTS
+from .netfront_staging import offered, stage
 
 __all__ = ["LOOKS", "Generator", "NetPlan", "NetResult", "warm"]
 
@@ -126,6 +127,13 @@ class _Lane:
         kernels.fill(int(row["pages"]), int(row["n_pages"]))
         row["next"] = 0
 
+    def stage(self, vif: Netfront) -> int:
+        """Have the pages kept mapped by the backend, if it offers that for all of them: how many are."""
+        sent, received = (list(map(int, -buffer.frames)) for buffer in (self.send_from, self.receive_into))
+        if vif.control is None or len(sent) + len(received) > offered(vif.control, self.queue.index):
+            return 0
+        return stage(vif.control, self.queue.index, sent, received, _DRAIN)
+
     def free(self) -> None:
         self.send_from.free()
         self.receive_into.free()
@@ -134,10 +142,15 @@ class _Lane:
 class Generator(Closing):
     """Vifs to send from and to receive by; a context manager that closes them."""
 
-    def __init__(self, vifs: Sequence[Netfront], *, working_set: int = 2 << 20, queue: int | None = None) -> None:
+    def __init__(
+        self, vifs: Sequence[Netfront], *, working_set: int = 2 << 20, queue: int | None = None, staging: bool = False
+    ) -> None:
         """The vifs are connected. `working_set`: bytes of all pages together of the queues that a packet goes through,
         the sender's and the receiver's, for each pair; rounded up to a ring's worth of pages at both. With `queue` it
-        has that queue of each vif alone, and another generator, in another thread, may have another."""
+        has that queue of each vif alone, and another generator, in another thread, may have another. With `staging` the
+        pages are kept mapped, as netfront has its own (which are not used here: Wishes.staging should be off), if a
+        backend offers that for so many; `staged` says how many are.
+        """
         warm()
         self.vifs = list(vifs)
         pages = max(SLOTS, working_set // 2 // _PAGE)
@@ -145,6 +158,9 @@ class Generator(Closing):
         chosen = slice(None) if queue is None else slice(queue, queue + 1)
         self._lanes = [[_Lane(vif, one, pages) for one in vif.queues[chosen]] for vif in self.vifs]
         self._all = [lane for lanes in self._lanes for lane in lanes]
+        self.staged = 0
+        if staging:
+            self.staged = sum(lane.stage(vif) for vif, lanes in zip(self.vifs, self._lanes) for lane in lanes)
         self._load = np.zeros(1, records.LOAD)
         self._hist = np.zeros(HIST_BUCKETS, np.uint64)
         self._epoll = select.epoll()

@@ -186,6 +186,8 @@ def _send(sa: int, now: int) -> int:
                 store64(at, EXTRA_GSO | sender["gso_size"] << 16 | sender["gso_type"] << 32)
                 advance_prod(end, 1)
         sender["number"] += 1
+        if flow["on_way"] == 0:
+            flow["busy_at"] = now
         flow["on_way"] += pages + extra
         n += 1
     flow["sent"] += n
@@ -283,27 +285,34 @@ def _receive(la: int, ra: int, now: int) -> int:
     flow["on_way"] -= n
     flow["received"] += packets
     flow["received_bytes"] += nbytes
+    flow["busy_at"] = now
     if push(end):
         call(q["event_notify"], q["event_ctx"], q["rx_port"], 0, 0)
     return packets
 
 
 @kernel
-def _all_answered(la: int) -> bool:
+def _all_answered(la: int, flow: int) -> bool:
+    """Whether all that was sent has been answered: by one flow, or by any (0)."""
     load = _load_at(la)
     for i in range(load["n_senders"]):
-        if unanswered(queue_at(_sender_at(load["senders"] + i * _SENDER_SIZE)["queue"])["tx_end"]) != 0:
+        sender = _sender_at(load["senders"] + i * _SENDER_SIZE)
+        if (flow == 0 or sender["flow"] == flow) and unanswered(queue_at(sender["queue"])["tx_end"]) != 0:
             return False
     return True
 
 
 @kernel
-def _give_up(la: int) -> None:
-    """All that was sent has been answered, and nothing has come for a while: what is still on its way is lost."""
+def _give_up(la: int, now: int) -> None:
+    """Of flows by which nothing has come for a while, and of which all has been answered: what is still on its way is
+    lost. Others go on meanwhile, and would else have this one stand still."""
     load = _load_at(la)
+    load["looked_at"] = now
     for i in range(load["n_flows"]):
         flow = _flow_at(load["flows"] + i * _FLOW_SIZE)
-        if flow["limit"] != 0 and flow["on_way"] > 0:
+        if flow["limit"] == 0 or flow["on_way"] <= 0 or now - flow["busy_at"] < _LOST_NS:
+            continue
+        if _all_answered(la, load["flows"] + i * _FLOW_SIZE):
             flow["lost"] += flow["on_way"]
             flow["on_way"] = 0
 
@@ -345,6 +354,8 @@ def run(la: int, until: int) -> int:
         if now >= until:
             return SLICE
         draining = load_acquire64(la) != 0  # LOAD.drain, the first field
+        if now - load["looked_at"] > _LOST_NS:
+            _give_up(la, now)
         done = i64(0)
         for i in range(load["n_senders"]):
             sa = load["senders"] + i * _SENDER_SIZE
@@ -363,11 +374,8 @@ def run(la: int, until: int) -> int:
             idle = i64(0)
             load["busy_at"] = now
             continue
-        if now - load["busy_at"] > _LOST_NS and _all_answered(la):
-            if draining:
-                return DRAINED
-            _give_up(la)
-            load["busy_at"] = now
+        if draining and now - load["busy_at"] > _LOST_NS and _all_answered(la, i64(0)):
+            return DRAINED
         if idle < load["spin"]:
             idle += 1
             pause()

@@ -16,6 +16,7 @@ FLOW = np.dtype(
         ("received", "i8"),
         ("received_bytes", "i8"),
         ("lost", "i8"),  # slots that were on their way and never came
+        ("busy_at", "i8"),  # when something last came, or was sent with nothing on its way
     ],
     align=True,
 )
@@ -74,6 +75,7 @@ LOAD = np.dtype(
         ("epoll_events", "i8"),
         ("hist", "i8"),  # u8[HIST_BUCKETS]: from the stamp in a packet to when it was seen
         ("busy_at", "i8"),  # when something was last done
+        ("looked_at", "i8"),  # when flows were last looked at for what is lost
         ("sleeps", "i8"),
     ],
     align=True,

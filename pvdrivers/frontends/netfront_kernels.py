@@ -125,7 +125,8 @@ def _put_extra(qa: int, extra: int) -> None:
 
 @kernel
 def start(qa: int, data: int, fa: int) -> int:
-    """Put one packet on the ring, unpublished: STARTED; NO_ROOM, and nothing done; or TOO_BIG, and nothing done."""
+    """Put one packet on the ring, unpublished: STARTED; NO_ROOM, and nothing done; or TOO_BIG, and nothing done. With
+    `data` 0 its bytes are in the pages already that are the next ones to be used."""
     q = queue_at(qa)
     frame = frame_at(fa)
     size = frame["size"]
@@ -146,7 +147,8 @@ def start(qa: int, data: int, fa: int) -> int:
         store8(q["in_flight"] + page, np.uint8(1))
         n = min(size - k * _PAGE, _PAGE)
         at = q["tx_pages"] + page * _PAGE
-        copy_bytes(at, data + k * _PAGE, n)
+        if data != 0:
+            copy_bytes(at, data + k * _PAGE, n)
         if q["untrusted"] != 0 and n < _PAGE:
             zero_bytes(at + n, _PAGE - n)
         flags = i64(TXF_more_data) if k + 1 < pages else i64(0)

@@ -16,9 +16,19 @@ from rings.netif import CTRL_ADD_GREF_MAPPING, CTRL_GET_GREF_MAPPING_SIZE, GREF,
 
 from .netfront_control import ControlRing
 
-__all__ = ["stage"]
+__all__ = ["offered", "stage"]
 
 _PAGE_ENTRIES = 512
+
+
+def offered(ring: ControlRing, queue: int, timeout: float = 5.0) -> int:
+    """How many pages of a queue the backend would keep mapped, 0 if it has no such thing. OSError as ask()."""
+    try:
+        return ring.ask(CTRL_GET_GREF_MAPPING_SIZE, queue, timeout=timeout)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return 0
 
 
 def stage(ring: ControlRing, queue: int, sent: Sequence[int], received: Sequence[int], timeout: float) -> int:
@@ -26,12 +36,7 @@ def stage(ring: ControlRing, queue: int, sent: Sequence[int], received: Sequence
 
     `sent` and `received` are their grefs, the ones that are used most first. OSError as ControlRing.ask().
     """
-    try:
-        most = ring.ask(CTRL_GET_GREF_MAPPING_SIZE, queue, timeout=timeout)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return 0
+    most = offered(ring, queue, timeout)
     # Buffers are used in turn, and what is sent mostly from the same few pages.
     few = list(sent[: max(most // 4, most - len(received))])
     wanted = np.zeros(min(most, len(few) + len(received)), GREF)

@@ -99,7 +99,7 @@ class Tap:
                 log.debug("TAP %s: no carrier can be set: %s", self.name, e)
 
     def _carry(self, index: int, fd: int) -> None:
-        buffers, frames = np.zeros(2 * kernels.ROOM, np.uint8), np.zeros(2, FRAME)
+        buffers, frames = np.zeros(kernels.BUFFERS, np.uint8), np.zeros(2, FRAME)
         registered = False
         while not self._ended and not self.vif.failure and index < len(self.vif.queues):
             queue = self.vif.queues[index]

@@ -5,39 +5,67 @@ The TAP says of each packet what the ring says of it: struct virtio_net_hdr (rin
 
 from __future__ import annotations
 
-from pvdrivers.syscalls import read, write
-from rings.atomics import i64, load_acquire64
-from rings.jit import kernel
+from pvdrivers.syscalls import IOVEC, read, readv, write
+from rings.atomics import i64, load32, load_acquire64, records
+from rings.jit import inline, kernel
+from rings.ring import room
 from rings.vnet import VNET_SIZE, from_vnet, put_vnet
 
-from .netfront_kernels import arm, frame_at, kick, reap, receive_all, start, wait
-from .netfront_records import BUFFER, FRAME, NO_ROOM, RX, TX
+from .netfront_kernels import arm, frame_at, kick, queue_at, reap, receive_all, start, wait
+from .netfront_records import BUFFER, FRAME, MOST_BYTES, NO_ROOM, RX, TX
 
 HEADER = VNET_SIZE
 AT = 16
 """Where a packet stands in its buffer; the header is just before it."""
 ROOM = AT + BUFFER + 48
 """Bytes of a buffer."""
-_FRAME_SIZE = FRAME.itemsize
+_PAGE = 4096
+_PAGES = -(-MOST_BYTES // _PAGE)
+_FRAME_SIZE, _IOVEC_SIZE = FRAME.itemsize, IOVEC.itemsize
+BUFFERS = 2 * ROOM + (1 + _PAGES) * _IOVEC_SIZE
+"""Bytes of all that pump() wants: two buffers, and an IOVEC for a header and for each page of a packet."""
 _BATCH = 64
 _SLEEP_MS = 1000
 
 
+@inline
+def _piece(pieces: int, k: int, at: int, length: int) -> None:
+    piece = records(pieces + k * _IOVEC_SIZE, 1, IOVEC)[0]
+    piece["base"], piece["len"] = at, length
+
+
 @kernel
-def _send(qa: int, fd: int, buffer: int, fa: int, waiting: int) -> int:
+def _read(qa: int, fd: int, buffer: int, pieces: int) -> int:
+    """Read a packet, with its header before `buffer` + AT: into the pages that start() takes next, if there are enough
+    for any, or else into the buffer. Bytes of it, and 1 << 32 more if they are in pages; 0 or below: there is none."""
+    q = queue_at(qa)
+    if q["sg"] == 0 or q["free_n"] < _PAGES or room(q["tx_end"]) <= _PAGES:
+        return i64(read(fd, buffer + AT - HEADER, BUFFER + HEADER)) - HEADER
+    _piece(pieces, 0, buffer + AT - HEADER, HEADER)
+    for k in range(_PAGES):
+        page = i64(load32(q["free"] + (q["free_n"] - 1 - k) * 4))
+        _piece(pieces, 1 + k, q["tx_pages"] + page * _PAGE, _PAGE)
+    size = i64(readv(fd, pieces, 1 + _PAGES)) - HEADER
+    return size | 1 << 32 if size > 0 else size
+
+
+@kernel
+def _send(qa: int, fd: int, buffer: int, pieces: int, fa: int, waiting: int) -> int:
     """From the TAP to the ring: a packet that found no room stays in the buffer. How many went, as 2n + whether one
     waits; -1 for a violation."""
     if reap(qa) < 0:
         return i64(-1)
     n = i64(0)
     while n < _BATCH:
+        data = buffer + AT
         if waiting == 0:
-            size = read(fd, buffer + AT - HEADER, BUFFER + HEADER) - HEADER
+            size = i64(_read(qa, fd, buffer, pieces))
             if size <= 0:
                 break
-            from_vnet(buffer + AT - HEADER, frame_at(fa), size)
+            from_vnet(buffer + AT - HEADER, frame_at(fa), size & 0xFFFFFFFF)
             frame_at(fa)["hash_type"] = 0
-        waiting = i64(1) if start(qa, buffer + AT, fa) == NO_ROOM else i64(0)
+            data = data if size >> 32 == 0 else i64(0)
+        waiting = i64(1) if start(qa, data, fa) == NO_ROOM else i64(0)
         if waiting != 0:
             break
         n += 1
@@ -67,13 +95,13 @@ def _receive(qa: int, fd: int, buffer: int, fa: int) -> int:
 def pump(qa: int, fd: int, buffers: int, frames: int) -> int:
     """Carry packets until the queue is stopped or a signal came (0), or the backend breaks the protocol (-1).
 
-    `fd` does not block and is on the queue's epoll. `buffers` are two of ROOM bytes, `frames` two FRAMEs.
+    `fd` does not block and is on the queue's epoll. `buffers` are BUFFERS bytes, `frames` two FRAMEs.
     """
     waiting = i64(0)
     there = buffers + ROOM
     frame = frames + _FRAME_SIZE
     while load_acquire64(qa) == 0:
-        sent = _send(qa, fd, buffers, frames, waiting)
+        sent = _send(qa, fd, buffers, buffers + 2 * ROOM, frames, waiting)
         if sent < 0:
             return i64(-1)
         waiting = sent & 1

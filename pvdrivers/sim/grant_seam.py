@@ -24,6 +24,8 @@ from rings.atomics import (
     copy_bytes,
     load32,
     load_once16,
+    prefetch,
+    prefetch_to_write,
     records,
     store32,
     store_release32,
@@ -43,18 +45,20 @@ from .grant_kernels import (
     GTF_writing,
     foreign_at,
     hide,
-    hold,
     leave_handle,
-    let_go,
     page_of,
+    pin,
     pin_op,
     show,
+    slot_of,
     take_handle,
     unpin,
 )
 
 OP_SIZE = GRANT_OP.itemsize
 _EBUSY, _EINVAL = 16, 22
+_LINE, _LINES = 64, 4
+_TOGETHER = 32  # copies
 
 OFFER_CTX = np.dtype(
     [
@@ -122,53 +126,73 @@ def _bytes_at(ctx, slot: int, gref: int, offset: int) -> int:  # type: ignore[no
 
 
 @inline
-def _copy_held(ctx, gref: int, domid: int, offset: int, memory: int, length: int, to_page: int) -> int:  # type: ignore[no-untyped-def]
-    """Copy between memory and the page behind a gref, which is held meanwhile. GNTST_*."""
+def _pin_page(ctx, domid: int, gref: int, offset: int, length: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
+    """Pin the page of one side of a copy, and have the first lines of the piece brought here. GNTST_*."""
     slot = page_of(ctx, domid, gref)
     if slot < 0:
         return slot
-    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
-    readonly = 0 if to_page != 0 else 1
-    counts = hold(ctx, f, gref, readonly)
-    if counts < 0:
-        return counts
-    page = _bytes_at(ctx, slot, gref, offset)
-    if to_page != 0:
-        copy_bytes(page, memory, length)
-    else:
-        copy_bytes(memory, page, length)
-    let_go(ctx, f, gref, readonly, counts)
-    return GNTST_okay
+    status = pin(ctx, records(foreign_at(ctx, slot), 1, FOREIGN)[0], gref, readonly)
+    if status == GNTST_okay:
+        at = _bytes_at(ctx, slot, gref, offset)
+        for k in range(min((length + _LINE - 1) // _LINE, _LINES)):
+            if readonly != 0:
+                prefetch(at + k * _LINE)
+            else:
+                prefetch_to_write(at + k * _LINE)
+    return status
 
 
 @inline
-def _same_page(op, other) -> bool:  # type: ignore[no-untyped-def]
-    """Whether two copies want the same of the same page."""
-    same = op["gref"] == other["gref"] and op["domid"] == other["domid"]
-    return bool(same and (op["flags"] ^ other["flags"]) & OP_TO_GUEST == 0)
+def _unpin_page(ctx, domid: int, gref: int, readonly: int) -> None:  # type: ignore[no-untyped-def]
+    unpin(ctx, records(foreign_at(ctx, slot_of(ctx, domid)), 1, FOREIGN)[0], gref, readonly)
 
 
 @inline
-def _copy_pinned(ctx, op) -> None:  # type: ignore[no-untyped-def]
-    """The copy of an op whose own page is pinned, OP.handle. The other page of OP_BETWEEN is held."""
-    to_guest = np.int64(op["flags"]) & OP_TO_GUEST
-    here = _bytes_at(ctx, (op["handle"] >> 33) & 0x7FFF, np.int64(op["gref"]), np.int64(op["offset"]))
-    other, length = op["address"], np.int64(op["length"])
+def _page_at(ctx, domid: int, gref: int, offset: int) -> int:  # type: ignore[no-untyped-def]
+    """Where bytes of a page are that is pinned."""
+    return _bytes_at(ctx, slot_of(ctx, domid), gref, offset)
+
+
+@inline
+def _pin_both(ctx, op) -> None:  # type: ignore[no-untyped-def]
+    """Pin what a copy is from and to: OP.status. Nothing is pinned if that is no GNTST_okay."""
+    readonly = 1 if np.int64(op["flags"]) & OP_TO_GUEST == 0 else 0
+    domid, gref = np.int64(op["domid"]), np.int64(op["gref"])
+    offset, length = np.int64(op["offset"]), np.int64(op["length"])
+    other = op["address"]
+    between = np.int64(op["flags"]) & OP_BETWEEN != 0
+    if offset + length > PAGE_SIZE or (between and (other >> 32 & 0xFFFF) + length > PAGE_SIZE):
+        op["status"] = GNTST_bad_copy_arg
+        return
+    status = _pin_page(ctx, domid, gref, offset, length, readonly)
+    if status == GNTST_okay and between:
+        status = _pin_page(
+            ctx, other >> 48 & 0xFFFF, other & 0xFFFF_FFFF, other >> 32 & 0xFFFF, length, 1 - readonly
+        )  # fmt: skip
+        if status != GNTST_okay:
+            _unpin_page(ctx, domid, gref, readonly)
+    op["status"] = status
+
+
+@inline
+def _copy(ctx, op) -> None:  # type: ignore[no-untyped-def]
+    """The copy of an op whose pages are pinned."""
+    here = _page_at(ctx, np.int64(op["domid"]), np.int64(op["gref"]), np.int64(op["offset"]))
+    there = op["address"]
     if np.int64(op["flags"]) & OP_BETWEEN != 0:
-        gref, domid, offset = other & 0xFFFF_FFFF, (other >> 48) & 0xFFFF, (other >> 32) & 0xFFFF
-        op["status"] = _copy_held(ctx, gref, domid, offset, here, length, to_guest ^ OP_TO_GUEST)
-    elif to_guest != 0:
-        copy_bytes(here, other, length)
+        there = _page_at(ctx, there >> 48 & 0xFFFF, there & 0xFFFF_FFFF, there >> 32 & 0xFFFF)
+    if np.int64(op["flags"]) & OP_TO_GUEST != 0:
+        copy_bytes(here, there, np.int64(op["length"]))
     else:
-        copy_bytes(other, here, length)
+        copy_bytes(there, here, np.int64(op["length"]))
 
 
 @inline
-def _fits_pages(op) -> bool:  # type: ignore[no-untyped-def]
-    length = np.int64(op["length"])
-    if np.int64(op["flags"]) & OP_BETWEEN != 0 and ((op["address"] >> 32) & 0xFFFF) + length > PAGE_SIZE:
-        return False
-    return bool(np.int64(op["offset"]) + length <= PAGE_SIZE)
+def _unpin_both(ctx, op) -> None:  # type: ignore[no-untyped-def]
+    readonly = 1 if np.int64(op["flags"]) & OP_TO_GUEST == 0 else 0
+    _unpin_page(ctx, np.int64(op["domid"]), np.int64(op["gref"]), readonly)
+    if np.int64(op["flags"]) & OP_BETWEEN != 0:
+        _unpin_page(ctx, op["address"] >> 48 & 0xFFFF, op["address"] & 0xFFFF_FFFF, 1 - readonly)
 
 
 @seam_function
@@ -203,32 +227,25 @@ def grant_unmap(ctx_at: int, ops: int, n: int, c: int) -> int:
 def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
     """SEAM.grant_copy: -> how many failed. A copy out of a page needs no permission to write.
 
-    Copies in a row that want the same of the same page have it pinned once. One that is alone, and to or from memory,
-    only holds it.
+    Some at a time: pin, copy, unpin. A locked instruction waits until all that was stored before it has arrived, so
+    between two copies it would have the second wait for the first. What other cores have written is asked for early.
     """
     ctx = records(ctx_at, 1, GRANT_CTX)[0]
     failed = 0
-    pinned = np.int64(-1)
-    for i in range(n):
-        op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
-        to_guest = np.int64(op["flags"]) & OP_TO_GUEST
-        again = i + 1 < n and _same_page(op, records(ops + (i + 1) * OP_SIZE, 1, GRANT_OP)[0])
-        op["handle"], op["status"] = pinned, GNTST_okay
-        if not _fits_pages(op):
-            op["status"] = GNTST_bad_copy_arg
-        elif pinned < 0 and not again and np.int64(op["flags"]) & OP_BETWEEN == 0:
-            op["status"] = _copy_held(
-                ctx, np.int64(op["gref"]), np.int64(op["domid"]), np.int64(op["offset"]), op["address"],
-                np.int64(op["length"]), to_guest,
-            )  # fmt: skip
-        elif pinned >= 0 or pin_op(ctx, op, 0 if to_guest != 0 else 1) >= 0:
-            pinned = op["handle"]
-            _copy_pinned(ctx, op)
-        if op["status"] != GNTST_okay:
-            failed += 1
-        if pinned >= 0 and not again:
-            unmap_handle(ctx_at, ctx, pinned, 0)
-            pinned = np.int64(-1)
+    for first in range(0, n, _TOGETHER):
+        last = min(first + _TOGETHER, n)
+        for i in range(first, last):
+            _pin_both(ctx, records(ops + i * OP_SIZE, 1, GRANT_OP)[0])
+        for i in range(first, last):
+            op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+            if op["status"] == GNTST_okay:
+                _copy(ctx, op)
+        for i in range(first, last):
+            op = records(ops + i * OP_SIZE, 1, GRANT_OP)[0]
+            if op["status"] == GNTST_okay:
+                _unpin_both(ctx, op)
+            else:
+                failed += 1
     return failed
 
 

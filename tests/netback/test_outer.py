@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pvdrivers.cli.stats import snapshot
+from pvdrivers.frontends.netfront_keys import Wishes
 
 from .conftest import COMMAND, Daemon, until
 from .spaces import Bridged, Make, guests, iperf_server, need, ping
@@ -78,6 +79,21 @@ def test_udp(host: Bridged, machine: Make, options: list[str]) -> None:
     said = iperf(guest, host.peer, "10.98.0.9", "--udp", "--bandwidth", "20M", "--length", "1400", *options)
     assert said["sum"]["packets"] > 100
     assert said["sum"]["lost_percent"] < 50
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_every_byte_leaves_by_a_tap(host: Bridged, net: Any, staged: bool) -> None:
+    """From pages that are mapped it is written as it lies there, but for its head. From others it is fetched first."""
+    bridge = f"br0;netns={host.name}"
+    a, b = (net.guest(bridge, wishes=Wishes(staging=one), be={"mtu": 9000}) for one in (staged, True))
+    for size in (60, 128, 129, 1514, 4096, 4097, 9014):
+        frame = a.frame(b, os.urandom(size - 14))
+        a.vif.send(frame)
+        while (got := b.vif.receive(5)) != frame:
+            assert got[6:12] != a.mac  # the bridge's own host talks as well
+    found = next(d for d in snapshot(net.run_dir) if d["device"] == a.name)
+    by_grefs, by_us = (sum(q[key] for q in found["queues"]) for key in ("grants_copied", "persistent_hits"))
+    assert (by_grefs, by_us) == (1, 7) if staged else by_grefs > 7 and by_us == 0, "a list of grefs, and seven heads"
 
 
 def test_segments_are_whole_on_the_tap(host: Bridged, machine: Make) -> None:
