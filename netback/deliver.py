@@ -19,7 +19,7 @@ from pvdrivers.platform import OP_BETWEEN, OP_TO_GUEST
 from pvdrivers.worker.batch import OP_SIZE, op_at, seam_of
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_ACTIVE, V_OVERFLOW
-from rings.atomics import call, copy_bytes, copy_in, i64, load16, records
+from rings.atomics import call, copy_bytes, copy_in, i64, load16, load_once32, prefetch_to_write, records
 from rings.jit import inline, kernel
 from rings.netif import (
     RSP_ERROR,
@@ -61,6 +61,8 @@ from .waiting import keep, rx_queue_at
 
 _I8 = np.dtype(np.int64)
 _PAGE = 4096
+_AHEAD = 8
+_GREF_AT: int = RX_REQUEST.fields["gref"][1]  # type: ignore[index]
 MOST_COPIES = MAX_SLOTS + MOST_BYTES // (_PAGE - MOST_HEADROOM) + 1
 """Of a packet: a new one begins with each fragment, with each page, and where the private bytes end."""
 
@@ -131,6 +133,20 @@ def begin(swa: int) -> None:
 
 
 @inline
+def _fetch_ahead(ra: int, headroom: int) -> None:
+    """Have brought here what is to be written some slots from now: the page, where it is mapped, and the slots. Another
+    core has used them, and stores that wait for that would hold up all that come after. A hint: what stands in a slot
+    may be anything by now."""
+    end = ring_at(ra)["end"]
+    cons = records(end, 1, RING_END)[0]["cons"]
+    prefetch_to_write(slot(end, cons + 2 * _AHEAD))
+    gref = i64(load_once32(slot(end, cons + _AHEAD) + _GREF_AT))
+    page = page_of(rx_queue_at(ring_at(ra)["priv"])["stage"], gref, 1)
+    if page != 0:
+        prefetch_to_write(page + headroom)
+
+
+@inline
 def _open_page(swa: int, ra: int, headroom: int, nbytes: int, flags: int) -> None:
     """Take the next slot of the receiver, and answer it: `nbytes` will be in its page, behind so much headroom.
 
@@ -145,6 +161,7 @@ def _open_page(swa: int, ra: int, headroom: int, nbytes: int, flags: int) -> Non
     request = records(sw["scratch"], 1, RX_REQUEST)[0]
     sw["page"], sw["page_at"] = i64(request["gref"]), headroom
     sw["page_in"] = page_of(rx_queue_at(ring_at(ra)["priv"])["stage"], sw["page"], 1)
+    _fetch_ahead(ra, headroom)
     put_rx_response(at, i64(request["id"]), 0, flags, headroom + nbytes)
     e["cons"] = (e["cons"] + 1) & 0xFFFFFFFF
     e["prod_pvt"] = e["cons"]
@@ -246,6 +263,8 @@ def accepted(packet: Any, accepts: int, pages: int) -> bool:
 @inline
 def pages_of(packet: Any, headroom: int) -> int:
     """Pages that a packet fills, of a receiver who wants so much free in each."""
+    if headroom == 0:
+        return (packet["size"] + _PAGE - 1) >> 12  # most have none, and a division takes as long as much of the rest
     return (packet["size"] + _PAGE - headroom - 1) // (_PAGE - headroom)
 
 

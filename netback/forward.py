@@ -23,7 +23,7 @@ from rings.vnet import CSUM_BLANK
 
 from .crossing import cross, send_links
 from .deliver import begin, flush, takes_blank
-from .frame import fill_checksum, parse
+from .frame import fill_checksum, flow_of, parse
 from .gather import gather
 from .hashing import choose_queue
 from .port_out import goes_from_pages, to_port
@@ -56,10 +56,31 @@ def packet_of(swa: int, k: int) -> int:
 
 
 @kernel
+def _find(wa: int, swa: int, porta: int, mac: int) -> int:
+    """Where an address is that the last packet was not to: PACKET.to."""
+    sw = switch_at(swa)
+    index = find(swa, mac, worker_at(wa)["now"])
+    to = index if index >= 0 else i64(TO_ALL)
+    sw["last_dst"], sw["last_to"] = mac, i64(TO_NOBODY) if index == port_at(porta)["index"] else to
+    return sw["last_to"]
+
+
+@kernel
+def _learn(wa: int, swa: int, porta: int, mac: int) -> bool:
+    """Learn the address of a packet, which is not that of the last one."""
+    sw = switch_at(swa)
+    sw["last_dst"] = -1  # it may be where it was not just now
+    sw["last_src"] = -1
+    if mac & 1 != 0 or not learn(swa, porta, mac, worker_at(wa)["now"], 0):
+        return False
+    sw["last_src"] = mac
+    return True
+
+
+@kernel
 def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
-    """Learn, and choose: PACKET.to."""
+    """Learn, and choose: PACKET.to. Many come in a row from one guest to one other, so what was last is remembered."""
     packet = packet_at(pa)
-    now = worker_at(wa)["now"]
     parse(pa)
     if not may_leave(pa, porta, stats):
         packet["to"] = TO_NOBODY
@@ -74,17 +95,17 @@ def _route(wa: int, swa: int, porta: int, pa: int, stats: int) -> None:
             stats_at(stats)["kinds"][N_NOBODY] += 1
             return
         vlan = packet["vlan"] << VLAN_SHIFT
-    if packet["src"] & 1 != 0 or not learn(swa, porta, packet["src"] | vlan, now, 0):
+    sw = switch_at(swa)
+    src, dst = packet["src"] | vlan, packet["dst"] | vlan
+    if src != sw["last_src"] and not _learn(wa, swa, porta, src):
         stats_at(stats)["kinds"][N_SPOOFED] += 1
         return
     if packet["dst"] & 1 != 0:
         packet["to"] = TO_ALL
         return
-    index = find(swa, packet["dst"] | vlan, now)
-    packet["to"] = index if index >= 0 else TO_ALL
-    if index == port_at(porta)["index"]:
-        packet["to"] = TO_NOBODY
-    elif index >= 0 and switch_at(swa)["shards"] > 1:
+    index = sw["last_to"] if dst == sw["last_dst"] else i64(_find(wa, swa, porta, dst))
+    packet["to"] = index
+    if index >= 0 and sw["shards"] > 1:
         other = load_once64(swa + index * 8)  # SWITCH.ports is the first field; it may become 0
         if other != 0:
             packet["epoch"] = port_at(other)["epoch"]
@@ -122,7 +143,7 @@ def _queue_of(swa: int, pa: int, porta: int) -> int:
     if queues == 0:
         return i64(-1)
     if port["kind"] != PORT_VIF and switch_at(swa)["shards"] <= 1:
-        return packet_at(pa)["hash"] % queues
+        return i64(flow_of(pa)) % queues if queues > 1 else i64(0)
     return choose_queue(porta, pa, queues, switch_at(swa)["shards"])
 
 
@@ -246,6 +267,7 @@ def forward(wa: int, swa: int, porta: int, n: int, stats: int) -> None:
     """
     begin(swa)
     several = switch_at(swa)["shards"] > 1
+    switch_at(swa)["last_src"], switch_at(swa)["last_dst"] = -1, -1
     if several:
         look_for_new(swa, worker_at(wa)["now"])
     for k in range(n):

@@ -35,28 +35,39 @@ def mix(hash: int, value: int) -> int:
 
 
 @kernel
-def _flow(data: int, found: int) -> int:
-    """A hash of who talks to whom: of addresses and ports, as far as these are known."""
-    version, ip = version_of(found), data + ip_at(found)
+def _flow(pa: int) -> int:
+    packet = packet_at(pa)
+    data = packet["data"]
+    version, ip = packet["l3"], data + packet["ip"]
     if version == 0:
         return mix(mix(i64(load32(data)), i64(load32(data + 4))), i64(load32(data + 8)))
     at, words = (ip + 12, 2) if version == 4 else (ip + 8, 8)
     hash = version
     for k in range(words):
         hash = mix(hash, i64(load32(at + k * 4)))
-    return mix(hash, i64(load32(data + l4_at(found)))) if l4_at(found) != 0 else hash
+    return mix(hash, i64(load32(data + packet["l4"]))) if packet["l4"] != 0 else hash
+
+
+@inline
+def flow_of(pa: int) -> int:
+    """A hash, 32 bits, of who talks to whom: of addresses and ports, as far as parse() has found these. Made when it is
+    asked for, which is once."""
+    packet = packet_at(pa)
+    if packet["hash"] < 0:
+        packet["hash"] = _flow(pa)
+    return packet["hash"]
 
 
 @kernel
 def parse(pa: int) -> None:
-    """Fill in src, dst, l3, ip, l4, csum_at and hash from the `have` >= 14 private bytes of a packet."""
+    """Fill in src, dst, l3, ip, l4 and csum_at from the `have` >= 14 private bytes of a packet."""
     packet = packet_at(pa)
     data = packet["data"]
     found = headers(data, packet["have"])
     packet["dst"], packet["src"] = mac_at(data), mac_at(data + 6)
     packet["l3"], packet["l4"], packet["csum_at"] = version_of(found), l4_at(found), checksum_at(found)
     packet["ip"] = ip_at(found)
-    packet["hash"] = _flow(data, found)
+    packet["hash"] = -1
 
 
 @kernel

@@ -24,6 +24,7 @@ from rings.netif import (
 )
 
 from .control_records import KEY_AT, MAPPING_AT, MOST_HASHED, MOST_KEY, MOST_MAPPING, NIBBLES_AT, current, hash_at
+from .frame import flow_of
 from .records import packet_at, port_at
 
 NO_HASH = 0
@@ -81,11 +82,15 @@ def flow_hash(ha: int, pa: int) -> int:
 
 
 @inline
-def _spread(porta: int, pa: int, flow: int, queues: int, shards: int) -> int:
-    """The queue of a flow: one that is in the shard where the packet came in, if there is such, so that it stays with
-    one worker."""
+def _spread(porta: int, pa: int, queues: int, shards: int) -> int:
+    """The queue of a flow, by what its sender says of it or its headers: one that is in the shard where the packet came
+    in, if there is such, so that it stays with one worker."""
+    if queues == 1:
+        return i64(0)
+    said = packet_at(pa)["said"]
+    flow = said & 0xFFFFFFFF if said != NO_HASH else i64(flow_of(pa))
     if shards <= 1:
-        return flow % queues if queues > 1 else i64(0)
+        return flow % queues
     first = (packet_at(pa)["origin"] - port_at(porta)["home"]) % shards
     if first >= queues:
         return flow % queues
@@ -101,17 +106,16 @@ def choose_queue(porta: int, pa: int, queues: int, shards: int) -> int:
     """
     packet = packet_at(pa)
     packet["tell"] = NO_HASH
-    flow = packet["said"] & 0xFFFFFFFF if packet["said"] != NO_HASH else packet["hash"]
     hashes = port_at(porta)["hashes"]
     if hashes == 0:
-        return _spread(porta, pa, flow, queues, shards)
+        return _spread(porta, pa, queues, shards)
     ha = current(hashes)
     h = hash_at(ha)
     if h["algorithm"] == HASH_ALGORITHM_NONE:
-        return _spread(porta, pa, flow, queues, shards)
+        return _spread(porta, pa, queues, shards)
     packet["tell"] = packet["said"]
     if h["types"] == 0:
-        return _spread(porta, pa, flow, queues, shards)
+        return _spread(porta, pa, queues, shards)
     found = i64(flow_hash(ha, pa))
     value = i64(0)
     if found != NO_HASH:

@@ -14,7 +14,7 @@ from pvdrivers.worker.events import notify
 from pvdrivers.worker.fair import note_taken
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_DEAD, V_CLASS
-from rings.atomics import copy_in, i64, records
+from rings.atomics import copy_in, i64, prefetch, records
 from rings.jit import inline, kernel, seam_function
 from rings.netif import (
     RSP_NULL,
@@ -34,9 +34,22 @@ from .drain import drain
 from .forward import fetch, forward, packet_of
 from .limit import charge, end_turn, has_credit, may_begin
 from .multicast import BUSY, amend
-from .records import BATCH, HEAD, N_REFUSED, N_SENT, P_CONTROL, P_FATAL, P_SEND, packet_at, port_at, switch_at
+from .records import (
+    BATCH,
+    HEAD,
+    N_REFUSED,
+    N_SENT,
+    P_CONTROL,
+    P_FATAL,
+    P_SEND,
+    fragment_at,
+    packet_at,
+    port_at,
+    switch_at,
+)
 from .request import plan
 from .serving import to_serve
+from .staging import page_of
 from .table import join
 from .waiting import rx_queue_at
 
@@ -63,6 +76,11 @@ def _prepare(pa: int, ra: int) -> None:
         packet["csum"] = CSUM_BLANK
     elif packet["flags"] & TXF_data_validated != 0:
         packet["csum"] = CSUM_VALID
+    if packet["fragments"] > 0:  # for when all are there: the core that has written it is far away
+        first = fragment_at(pa, 0)
+        page = page_of(packet["stage"], i64(first["gref"]), 0)
+        if page != 0:
+            prefetch(page + i64(first["offset"]))
 
 
 @kernel

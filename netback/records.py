@@ -69,7 +69,7 @@ PACKET = np.dtype(
         ("ip", "i8"),  # where that header begins
         ("l4", "i8"),  # where TCP or UDP begins, 0 if it does not
         ("csum_at", "i8"),  # ... and where its checksum is
-        ("hash", "i8"),  # of its flow, 32 bits
+        ("hash", "i8"),  # of its flow, 32 bits; -1: see flow_of()
         ("to", "i8"),  # index of a port, or TO_ALL, or TO_NOBODY
         ("vlan", "i8"),  # the VLAN that it is in, 0 none; it does not leave that
         ("tagged", "i8"),  # ... and there is a tag that says so
@@ -245,6 +245,9 @@ SWITCH = np.dtype(
         ("deliveries", "i8"),  # DELIVERY[MAX_DELIVERIES]
         ("n_deliveries", "i8"),
         ("n_ops", "i8"),  # copies in the worker's batch
+        ("last_src", "i8"),  # of this pass: what was learned last, -1 nothing,
+        ("last_dst", "i8"),  # ... and found last, -1 nothing,
+        ("last_to", "i8"),  # ... where that is
         ("page", "i8"),  # the receiver's page that is being filled: its gref,
         ("page_at", "i8"),  # ... from where on it is empty,
         ("page_in", "i8"),  # ... and its address, if it is mapped, or 0

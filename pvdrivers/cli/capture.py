@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -26,8 +27,7 @@ from pvdrivers.link import PACKET, send
 from rings.netif import GSO_TCPV6
 from rings.vnet import CSUM_BLANK
 
-from . import Terminated
-
+_ENDS = frozenset({signal.SIGINT, signal.SIGTERM})
 _IDLE_SECONDS = 0.02
 _FLUSH_SECONDS = 0.5
 _NAME = re.compile(r"(?:vif[-/]?)?(\d+)[./-](\d+)")
@@ -47,14 +47,15 @@ def run(args: argparse.Namespace) -> int:
             os.close(fd)
         with _output(args.out) as file:
             writer = Writer(file, name, args.snaplen)
+            # Waited for, not suffered: an exception within a packet would have it in the file twice, or in part.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
             try:
                 _follow(sock, ring, writer, args)
-            except (KeyboardInterrupt, Terminated):
-                pass  # the usual ways to end it
             finally:
                 if args.packets is None or writer.count < args.packets:
                     writer.packets(ring, args.packets)
                 writer.end(ring)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
     lost = int(ring.shared["lost"].sum())
     print(f"{writer.count} packets, {lost} lost for want of room", file=sys.stderr)
     return 0
@@ -100,9 +101,12 @@ def _follow(sock: socket.socket, ring: Ring, writer: Writer, args: argparse.Name
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     print(f"capturing {writer.name}", file=sys.stderr, flush=True)
     while args.packets is None or writer.count < args.packets:
+        idle = 0.0
         if not writer.packets(ring, args.packets):
             writer.flush()
-            time.sleep(_IDLE_SECONDS)
+            idle = _IDLE_SECONDS
+        if signal.sigtimedwait(_ENDS, idle):
+            return
         if deadline is not None and time.monotonic() >= deadline:
             return
         try:

@@ -18,7 +18,7 @@ from netback.control_records import (
     MOST_KEY,
     MOST_MAPPING,
 )
-from netback.frame import parse
+from netback.frame import flow_of, parse
 from netback.hashing import choose_queue
 from netback.records import PACKET, PORT
 from netback.staging import STAGE, find, format_stage, page_of
@@ -141,7 +141,7 @@ class Bed:
         if packet[0]["csum_at"] - packet[0]["l4"] == 16:
             ports = frame[packet[0]["l4"] :][:4]
         found = self.twin.hash(version, frame[packet[0]["ip"] :], ports)
-        assert (queue, told) == self.twin.steer(found, said, int(packet[0]["hash"]))
+        assert (queue, told) == self.twin.steer(found, said, int(flow_of(pa)))
         return queue, told
 
 

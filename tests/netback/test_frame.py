@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.frame import fill_checksum, ones_sum, parse
+from netback.frame import fill_checksum, flow_of, ones_sum, parse
 from netback.records import PACKET
 from rings.vnet import CSUM_VALID
 
@@ -20,6 +20,7 @@ def parsed(frame: bytes, have: int | None = None) -> np.void:
     packet[0]["data"], packet[0]["have"] = data.ctypes.data, len(frame) if have is None else have
     packet[0]["size"] = len(frame)
     parse(packet.ctypes.data)
+    assert flow_of(packet.ctypes.data) == packet[0]["hash"]
     row: np.void = packet[0]
     return row
 

@@ -58,6 +58,24 @@ def test_who_gets_what(net: Any) -> None:
     nothing_came(a, b, c)
 
 
+def test_what_a_batch_teaches_counts_within_it(net: Any) -> None:
+    """What was looked up for one packet is not believed for the next when an address was learned in between."""
+    a, b = net.guest(), net.guest()
+    inner, other = b"\2inner", b"\2other"
+    frames = [
+        inner + other + b"\x88\xb5to nobody that is known",
+        b.mac + inner + b"\x88\xb5from it, by the same port",
+        inner + other + b"\x88\xb5now it is known",
+        b.mac + a.mac + b"\x88\xb5to b",
+        EVERYBODY + b.mac + b"\x88\xb5from another's own address",
+        b.mac + a.mac + b"\x88\xb5to b again",
+    ]
+    a.vif.send_all([Frame(one) for one in frames])
+    assert [b.vif.receive(5) for _ in range(4)] == [frames[k] for k in (0, 1, 3, 5)]
+    nothing_came(b)
+    assert a.counted("spoofed") == 1
+
+
 def test_an_address_is_learned_and_moves_but_nobody_takes_that_of_a_vif(net: Any) -> None:
     a, b, c = net.guest(), net.guest(), net.guest()
     inner = b"\2inner"
