@@ -39,7 +39,21 @@ _AT_EMPTY_PATH: Final = 0x1000
 _STATX_SIZE: Final = 256
 _DIO_MEM_ALIGN: Final = 152  # offset of stx_dio_mem_align, then stx_dio_offset_align
 
-_TMPFS_MAGIC: Final = 0x01021994  # include/uapi/linux/magic.h
+# include/uapi/linux/magic.h, and the file systems' own sources.
+_TMPFS_MAGIC: Final = 0x01021994
+_OVER_NETWORK: Final = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB",
+    0x00C36400: "Ceph",
+    0x01021997: "9p",
+    0x5346414F: "AFS",
+    0x6B414653: "AFS",
+    0x0BD00BD0: "Lustre",
+}
+"""File systems that send the pages of a request themselves, and may do so again after it was answered; with O_DIRECT those
+are the guest's. xl-disk-configuration(5), direct-io-safe: whether it is known to do no harm."""
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -128,12 +142,14 @@ class FileStore(Store):
     def _direct(self, spec: DiskSpec) -> None:
         """Is O_DIRECT, if we have it, possible for every request that a guest may make?"""
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
-        if flags & os.O_DIRECT:
+        asks = spec.direct == "auto" and not spec.direct_io_safe and not self.block
+        self._sent_by = _OVER_NETWORK.get(_file_system(self.fd), "") if asks else ""
+        if flags & os.O_DIRECT and not self._sent_by:
             memory, offset = _direct_alignment(self.fd, self._device_sector)
             if 0 < offset <= self.sector_size and memory <= _MAX_MEMORY_ALIGNMENT:
                 self.direct = True
                 self.memory_alignment = memory
-                self.submit_chunk = 32 if _in_memory(self.fd) else 4
+                self.submit_chunk = 32 if _file_system(self.fd) == _TMPFS_MAGIC else 4
                 return
             if spec.direct == "yes":
                 limit = (
@@ -143,7 +159,7 @@ class FileStore(Store):
                     f"disk {spec.uri!r}: option direct=yes: {limit}; use direct=auto"
                     + (f", or sector_size={offset}" if self.sector_size < offset <= 4096 else "")
                 )
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.direct = False
 
     def _abilities(self, spec: DiskSpec, st: os.stat_result) -> None:
@@ -190,6 +206,8 @@ class FileStore(Store):
 
     def _traits(self) -> list[str]:
         out = [f"sectors of {self.sector_size}", "direct" if self.direct else "buffered"]
+        if self._sent_by:
+            out[-1] += f" (on {self._sent_by}, without direct-io-safe)"
         if self.block:
             out.insert(0, "block device")
         if self.can_discard:
@@ -249,10 +267,10 @@ def _readable(path: str) -> bool:
     return True
 
 
-def _in_memory(fd: int) -> bool:
-    """Is the file on tmpfs (it takes O_DIRECT since Linux 6.6, and means nothing by it)? statfs(2)."""
+def _file_system(fd: int) -> int:
+    """Its magic number; 0 if it has none. Of a block device that is devtmpfs's, which is tmpfs's. statfs(2)."""
     buffer = (ctypes.c_long * 32)()
-    return bool(_LIBC.fstatfs(fd, buffer) == 0 and buffer[0] == _TMPFS_MAGIC)
+    return int(buffer[0]) & 0xFFFFFFFF if _LIBC.fstatfs(fd, buffer) == 0 else 0
 
 
 def _ioctl_int(fd: int, request: int) -> int:
