@@ -31,6 +31,7 @@ _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
+_DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -311,7 +312,7 @@ class Life:
         elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
             # Our state stays, so that the handshake goes on from here when the cause has passed.
             self.nodes.report(str(error) or repr(error), hotplug=advertising)
-            self._pace.hold((ours, theirs))
+            self._pace.hold((ours, theirs), _DRAINING_SECONDS if isinstance(error, DrainingError) else None)
             self._control.changed(self)
             return
         else:

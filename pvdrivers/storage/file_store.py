@@ -16,12 +16,11 @@ import mmap
 import os
 import stat
 import struct
-import time
 from typing import Final
 
 from pvdrivers.errors import ConfigError, DeviceBusyError, StoreError
 
-from .locks import Locks, Patience
+from .locks import Fence, Locks, Patience
 from .store import FALLOC_PUNCH_HOLE, STORE_FILE, Store
 from .uri import MAX_SIZE, DiskSpec, size_text
 
@@ -52,8 +51,8 @@ _OVER_NETWORK: Final = {
     0x6B414653: "AFS",
     0x0BD00BD0: "Lustre",
 }
-"""File systems that send the pages of a request themselves, and may do so again after it was answered; with O_DIRECT those
-are the guest's. xl-disk-configuration(5), direct-io-safe: whether it is known to do no harm."""
+"""File systems that send the pages of a request themselves, and may do so again after it was answered; with O_DIRECT
+those are the guest's. xl-disk-configuration(5), direct-io-safe: whether it is known to do no harm."""
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -66,24 +65,25 @@ class FileStore(Store):
 
     kind = STORE_FILE
 
-    def __init__(self, spec: DiskSpec, identity: str, patience: Patience) -> None:
+    def __init__(self, spec: DiskSpec, identity: str, patience: Patience, fence: Fence | None = None) -> None:
         self.path = spec.path
         st = _look(spec)
         self.block = stat.S_ISBLK(st.st_mode)
         self.fd = self._open(spec, identity, patience)
+        self.locks = Locks(self.fd, self.path, identity, mode=spec.mode, process=fence)
         try:
             # io_uring answers EAGAIN instead of waiting for a file that is not blocking.
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
             st = os.fstat(self.fd)
             if stat.S_ISBLK(st.st_mode) != self.block:
                 raise StoreError(f"{self.path}: was replaced while it was opened; try again")
-            self.locks = Locks(self.fd, self.path, identity, mode=spec.mode)
             self.locks.acquire(patience)
             super().__init__(spec, self._measure())
             self._geometry(spec, st)
             self._direct(spec)
             self._abilities(spec, st)
         except BaseException:
+            self.locks.release()
             os.close(self.fd)
             raise
 
@@ -185,14 +185,6 @@ class FileStore(Store):
         self.discard_granularity = max(self.sector_size, _sysfs(f"{queue}/discard_granularity"))
         self.discard_alignment = _sysfs(f"{base}/discard_alignment") % self.discard_granularity
 
-    def drain(self, timeout: float) -> bool:
-        end = time.monotonic() + timeout
-        while not self.locks.predecessor_gone():
-            if time.monotonic() >= end or not self.locks.fenced:
-                return False
-            time.sleep(0.02)
-        return True
-
     def refresh_size(self) -> bool:
         """Whole sectors of what is there now. Raises StoreError if the device is gone."""
         try:
@@ -214,10 +206,13 @@ class FileStore(Store):
             out.append("discard")
         if not self.locks.fenced:
             out.append("no locks here, so a restart waits for nothing")
+        elif self.locks.process_fence:
+            out.append("no locks here, so a restart waits by those of the run directory")
         return out
 
     def close(self, *, final: bool = False) -> None:
         if self.fd >= 0:
+            self.locks.release()
             os.close(self.fd)
             self.fd = -1
 
