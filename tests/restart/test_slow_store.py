@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 TOP = Path(__file__).resolve().parents[2]
 WITHOUT_LOCKS = TOP / "tests/storage/without_locks"
-A_SECOND = 8
-DEPTH = 12
+A_SECOND = 4  # so that what is under way takes longer than a start
+DEPTH = 24
 RANGE = 128 << 10
 
 
