@@ -30,6 +30,9 @@ from .sharing import migrates_from
 
 log = logging.getLogger(__name__)
 
+_DRAIN_SECONDS = 5.0
+"""How long an attempt to open a disk waits for I/O of a process that has ended, before that is told and tried again."""
+
 
 @dataclass
 class QueueKeys:
@@ -154,11 +157,15 @@ class BlkBackend(Device):
         return out
 
     def _open(self, spec: DiskSpec) -> None:
+        pool = self.context.workers
+        assert isinstance(pool, WorkerPool)
         self.store = open_store(
             spec,
             run_dir=self.context.run_dir,
             identity=f"{self.ident.backend_domid}-{self.ident}",
             recover=self._recover,
+            timeout=_DRAIN_SECONDS,
+            fence=pool.fence,
         )
         log.info("%s: %s", self.ident, self.store.describe())
 

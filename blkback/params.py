@@ -6,8 +6,7 @@
     mode, device-type     r or w (w! is ours); disk or cdrom
     discard-enable        0 keeps discard from the guest
     removable             1 is told to the guest
-    direct-io-safe        read by nobody: I/O goes past the page cache wherever that is possible, and pages that the
-                          kernel may still hold when it has ended are copied (disk_policy)
+    direct-io-safe        1: files on NFS and its like are read and written past the page cache, too, as all others are
 
 libxl runs the script after our InitWait, so a disk whose script has not run yet is advertised without being opened.
 """
@@ -15,6 +14,7 @@ libxl runs the script after our InitWait, so a disk whose script has not run yet
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from pvdrivers.device import BackKeys
 from pvdrivers.storage.uri import DiskSpec, parse_xl
@@ -25,12 +25,13 @@ _OURS_TO_OPEN = frozenset({"", "block", "true"})
 
 def disk_of(keys: BackKeys) -> DiskSpec | None:
     """The disk; None while its script has not made it. Raises ConfigError."""
+    safe = keys.flag("direct-io-safe")
     mode, device_type = keys.str_key("mode", "w"), keys.str_key("device-type", "disk")
     params = keys.str_key("params", None, max_length=4096)
     if script_of(keys) in _OURS_TO_OPEN:
-        return parse_xl(params, mode, device_type)
+        return replace(parse_xl(params, mode, device_type), direct_io_safe=safe)
     made = keys.str_key("physical-device-path", "", max_length=4096) or _by_number(keys)
-    return parse_xl(made, mode, device_type) if made else None
+    return replace(parse_xl(made, mode, device_type), direct_io_safe=safe) if made else None
 
 
 def script_of(keys: BackKeys) -> str:

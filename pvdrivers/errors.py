@@ -19,6 +19,10 @@ class PlatformError(PvError):
     """The hypervisor (embedded or real) refused, or is not there."""
 
 
+class UnavailableError(PlatformError):
+    """This host lacks what it takes, or keeps it from us: only its operator can change that."""
+
+
 class StoreError(PvError):
     """What a disk is made of is missing, locked, too small or broken."""
 

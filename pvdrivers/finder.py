@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -204,8 +205,22 @@ class Finder:
         if waited is not None:
             waited.backoff.reset()
         life = host.lives[key] = Life(self.classes[name](ident, host.context), host)
+        if self._kernel_root is not None:
+            life.nodes.in_kernel = partial(modprobe.has_device, *key, self._kernel_root)
         self.watch_front(life)
         life.look()
+
+    def _look_for_kernel(self, life: Life) -> None:
+        """Name a device that a backend of the kernel's has taken."""
+        name, root = life.ident.class_name, self._kernel_root
+        if root is not None and life.nodes.in_kernel():
+            driver, module = modprobe.in_kernel(name, root), modprobe.MODULES.get(name, name)
+            life.troubles.add("kernel", f"{driver} was loaded while it was served here, and has taken it: we leave it"
+                              f" alone, and its guest may lose it. rmmod {module}, keep that out (docs/dom0.md), then"
+                              " attach the device anew, or reboot the guest", logging.ERROR)  # fmt: skip
+        elif "kernel" in life.troubles.now:
+            life.troubles.over("kernel")
+            life.drop("the kernel's backend had it meanwhile; it is closed, and may connect anew")
 
     def _refuse(self, key: Key, why: str) -> None:
         if self.refused.get(key) != why:
@@ -260,6 +275,7 @@ class Finder:
                     life.look()
         for key, names in backs.items():
             if key in lives:
+                self._look_for_kernel(lives[key])
                 lives[key].handle_backend_change(names)
             else:
                 self._try(*key)

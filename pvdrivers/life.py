@@ -1,9 +1,8 @@
 """A device's life: what the table of pvdrivers.xenbus says, done to one Device.
 
-A Life never trusts an event: each is a reason to look at what is in the store now, and to take the steps that
-follow from it. So events may come late, in bunches or for nothing. All of this runs on the control thread;
-the device's own methods run as jobs elsewhere, one at a time, and after each the store is looked at again.
-Nothing that a guest does makes a method of Life raise.
+A Life never trusts an event: each is a reason to look at what is in the store now, and to take the steps that follow
+from it. So events may come late, in bunches or for nothing. All of this runs on the control thread; the device's own
+methods run as jobs elsewhere, one at a time, and after each the store is looked at again. No guest makes one raise.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
+_DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -122,9 +122,12 @@ class Life:
         # Once in full, then ever more rarely: a guest must not be able to fill a disk with our log.
         if self.violations & (self.violations - 1) == 0:
             log.warning("%s%s", text, f" ({self.violations} so far)" if self.violations > 1 else "")
-        if not self.gone:
-            self._fault = text
-            self.look()
+        self.drop(text)
+
+    def drop(self, why: str) -> None:
+        """Let go of the rings, whatever else is under way, and close: `why` is told."""
+        self._fault = why
+        self.look()  # does nothing if it is gone
 
     def notice(self, kind: str, text: str) -> None:
         """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
@@ -137,7 +140,7 @@ class Life:
 
     def look(self) -> None:
         """Take the steps that follow from what is in the store now."""
-        if self._busy or self._looking or self.gone or self._ended or (self.nodes.lost and self._ending is None):
+        if self._busy or self._looking or self.gone or self._ended or (self.nodes.not_ours and self._ending is None):
             self._again = True
             return
         self._looking = True
@@ -311,7 +314,7 @@ class Life:
         elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
             # Our state stays, so that the handshake goes on from here when the cause has passed.
             self.nodes.report(str(error) or repr(error), hotplug=advertising)
-            self._pace.hold((ours, theirs))
+            self._pace.hold((ours, theirs), _DRAINING_SECONDS if isinstance(error, DrainingError) else None)
             self._control.changed(self)
             return
         else:
@@ -373,11 +376,10 @@ class Life:
         self._control.submit(self.device.hand_over, handed)
 
     def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
-        if not self.nodes.publish(ours, keys, state):
-            return False
-        if state is not None:
+        published = self.nodes.publish(ours, keys, state)
+        if published and state is not None:
             self._went(state)
-        return True
+        return published
 
     def _note(self, text: str) -> None:
         if self._pace.take_note():
@@ -385,11 +387,10 @@ class Life:
 
     def _went(self, state: XenbusState) -> None:
         """Our state is this one now."""
-        if state is self.state:
-            return
-        self.state = state
-        self.troubles.went(state)
-        self._control.changed(self)
+        if state is not self.state:
+            self.state = state
+            self.troubles.went(state)
+            self._control.changed(self)
 
     def _unpause(self) -> None:
         self._paused = False

@@ -3,6 +3,11 @@
 Xen's bus announces each new device of a guest with an alias such as xen-backend:vbd, and udev has modprobe load what
 has it (Linux, xenbus_probe_backend.c, xenbus_uevent_backend). A driver that is not there yet is then there as soon as
 the first guest gets a disk, takes that disk, and knows nothing of us.
+
+A driver that is loaded later takes each device that the bus knows: those whose directory it has seen before we wrote
+InitWait there, a race that the kernel mostly wins (xenbus_probe_node). Its probe writes InitWait over our Connected,
+finds that the guest's port is bound, to us, and writes Closing (xen-blkback's frontend_changed, xenbus_dev_fatal). So
+it serves nothing, and Linux's blkfront gives the disk up. All that can be done from here is not to join in.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["MODULES", "comes_with_udev", "in_kernel", "kept_out"]
+__all__ = ["MODULES", "comes_with_udev", "has_device", "in_kernel", "kept_out"]
 
 MODULES = {"vbd": "xen-blkback", "vif": "xen-netback", "vscsi": "xen-scsiback"}
 """Kind of backend -> the module that serves it."""
@@ -26,6 +31,11 @@ def in_kernel(name: str, root: Path = _ROOT) -> str:
     if not (root / _DRIVERS / name).exists():
         return ""
     return f"the kernel's {MODULES.get(name, 'driver')} (/{_DRIVERS}/{name})"
+
+
+def has_device(name: str, domid: int, devid: int, root: Path = _ROOT) -> bool:
+    """Whether that driver has this very device: its directory of sysfs links to it (backend_bus_id)."""
+    return os.path.lexists(root / _DRIVERS / name / f"{name}-{domid}-{devid}")
 
 
 def comes_with_udev(name: str, root: Path = _ROOT) -> str:

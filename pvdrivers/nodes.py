@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .control import Control
 from .device import DeviceId, Publish
@@ -47,6 +47,8 @@ class Nodes:
         self.reported = ""
         self.stray = False
         """The frontend was found to be another backend's."""
+        self.in_kernel: Callable[[], bool] = lambda: False
+        """Whether the kernel's own backend has this device: who finds devices knows."""
         self._control = control
         self._errors = 0  # that were for the log
         self._published: set[str] = set()
@@ -97,6 +99,16 @@ class Nodes:
             except OSError:
                 pass  # this connection has broken, too
         return self._lost
+
+    @property
+    def not_ours(self) -> bool:
+        """xenstored has forgotten it, or the kernel's backend has it: nothing of it is to be read or written."""
+        if self.lost or not self.in_kernel():
+            return self._lost
+        try:
+            return self._control.store.read(self.ident.backend_path + "/state") is not None  # or it was removed
+        except OSError:
+            return True  # the connection has broken
 
     def domain_exists(self) -> bool:
         """Whether the guest has a home in the store; the toolstack removes it last."""

@@ -39,6 +39,7 @@ class Troubles:
     quota     xenstore does not let us publish it
     unwatched nor watch it
     lost      xenstored was restarted, and knows nothing of it any more
+    kernel    a backend of the kernel's, loaded while we serve it, has taken it
     events    its guest sends events with nothing behind them
     grants    Xen had no room to map its guest's pages, which are copied
     io        requests failed, by its store or by a page of its guest

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from pvdrivers.cli.arguments import parser
-from pvdrivers.errors import ConfigError, PvError
+from pvdrivers.errors import ConfigError, PvError, UnavailableError
 
 if TYPE_CHECKING:
     import argparse
@@ -25,6 +25,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 """As argparse has it; and of a service that is told what cannot be: to start it again would change nothing."""
+EXIT_UNAVAILABLE = os.EX_UNAVAILABLE
+"""The same of a host that lacks what it takes to serve, such as /dev/xen/gntdev."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -55,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flushed(verb.run(args))
     except PvError as error:
         print(f"pvdrivers: error: {error}", file=sys.stderr)
-        told = isinstance(error, ConfigError) and args.verb == "serve"
-        return _flushed(EXIT_USAGE if told else EXIT_FAILED)
+        return _flushed(_status_of(error) if args.verb == "serve" else EXIT_FAILED)
     except KeyboardInterrupt:
         return _flushed(EXIT_INTERRUPTED)
     except Terminated:
@@ -72,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _flushed(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _status_of(error: PvError) -> int:
+    """What a service manager is told of it: the unit of examples/dom0 tries all but EXIT_FAILED no more."""
+    if isinstance(error, ConfigError):
+        return EXIT_USAGE
+    return EXIT_UNAVAILABLE if isinstance(error, UnavailableError) else EXIT_FAILED
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -61,6 +61,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
 
             from pvdrivers import classes
             from pvdrivers.device import Context
+            from pvdrivers.storage.locks import Fence
             from pvdrivers.worker.control import WorkerPool
 
             _make(run_dir)
@@ -72,6 +73,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
                 spin_us=args.spin or 0,
                 coalesce_us=_coalesce(args.coalesce, embedded),
                 software=args.io == "threads",
+                fence=Fence(run_dir),
             )
         options = {"journal": args.journal, "spin": args.spin, "strict": args.strict, "grant_pages": args.grant_pages,
                    "grant_pages_per_domain": args.grant_pages_per_domain, "uplinks": args.uplinks}  # fmt: skip

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvdrivers.errors import PlatformError
+from pvdrivers.errors import PlatformError, UnavailableError
 
 if TYPE_CHECKING:
     from pvdrivers.xenstore import XenStoreClient
@@ -26,8 +26,11 @@ def embedded(run_dir: Path) -> bool:
     if os.path.exists(GNTDEV):
         return False
     if os.path.exists("/sys/hypervisor/type") and Path("/sys/hypervisor/type").read_text().strip() == "xen":
-        raise PlatformError(f"this host runs on Xen, but there is no {GNTDEV}: modprobe xen-gntdev xen-evtchn")
-    raise PlatformError(
+        raise UnavailableError(
+            f"this host runs on Xen, but there is no {GNTDEV}: modprobe -a xen-gntdev xen-evtchn; then start the"
+            " service again, which is not tried by itself"
+        )
+    raise UnavailableError(
         f"no embedded Xen in {run_dir} (start one with: pvdrivers sim --run-dir {run_dir}), and this is no Xen host"
         f" (no {GNTDEV}); to see it all at work, type: pvdrivers demo"
     )

@@ -16,12 +16,11 @@ import mmap
 import os
 import stat
 import struct
-import time
 from typing import Final
 
 from pvdrivers.errors import ConfigError, DeviceBusyError, StoreError
 
-from .locks import Locks, Patience
+from .locks import Fence, Locks, Patience
 from .store import FALLOC_PUNCH_HOLE, STORE_FILE, Store
 from .uri import MAX_SIZE, DiskSpec, size_text
 
@@ -39,7 +38,21 @@ _AT_EMPTY_PATH: Final = 0x1000
 _STATX_SIZE: Final = 256
 _DIO_MEM_ALIGN: Final = 152  # offset of stx_dio_mem_align, then stx_dio_offset_align
 
-_TMPFS_MAGIC: Final = 0x01021994  # include/uapi/linux/magic.h
+# include/uapi/linux/magic.h, and the file systems' own sources.
+_TMPFS_MAGIC: Final = 0x01021994
+_OVER_NETWORK: Final = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB",
+    0x00C36400: "Ceph",
+    0x01021997: "9p",
+    0x5346414F: "AFS",
+    0x6B414653: "AFS",
+    0x0BD00BD0: "Lustre",
+}
+"""File systems that send the pages of a request themselves, and may do so again after it was answered; with O_DIRECT
+those are the guest's. xl-disk-configuration(5), direct-io-safe: whether it is known to do no harm."""
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -52,24 +65,25 @@ class FileStore(Store):
 
     kind = STORE_FILE
 
-    def __init__(self, spec: DiskSpec, identity: str, patience: Patience) -> None:
+    def __init__(self, spec: DiskSpec, identity: str, patience: Patience, fence: Fence | None = None) -> None:
         self.path = spec.path
         st = _look(spec)
         self.block = stat.S_ISBLK(st.st_mode)
         self.fd = self._open(spec, identity, patience)
+        self.locks = Locks(self.fd, self.path, identity, mode=spec.mode, process=fence)
         try:
             # io_uring answers EAGAIN instead of waiting for a file that is not blocking.
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
             st = os.fstat(self.fd)
             if stat.S_ISBLK(st.st_mode) != self.block:
                 raise StoreError(f"{self.path}: was replaced while it was opened; try again")
-            self.locks = Locks(self.fd, self.path, identity, mode=spec.mode)
             self.locks.acquire(patience)
             super().__init__(spec, self._measure())
             self._geometry(spec, st)
             self._direct(spec)
             self._abilities(spec, st)
         except BaseException:
+            self.locks.release()
             os.close(self.fd)
             raise
 
@@ -128,12 +142,14 @@ class FileStore(Store):
     def _direct(self, spec: DiskSpec) -> None:
         """Is O_DIRECT, if we have it, possible for every request that a guest may make?"""
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
-        if flags & os.O_DIRECT:
+        asks = spec.direct == "auto" and not spec.direct_io_safe and not self.block
+        self._sent_by = _OVER_NETWORK.get(_file_system(self.fd), "") if asks else ""
+        if flags & os.O_DIRECT and not self._sent_by:
             memory, offset = _direct_alignment(self.fd, self._device_sector)
             if 0 < offset <= self.sector_size and memory <= _MAX_MEMORY_ALIGNMENT:
                 self.direct = True
                 self.memory_alignment = memory
-                self.submit_chunk = 32 if _in_memory(self.fd) else 4
+                self.submit_chunk = 32 if _file_system(self.fd) == _TMPFS_MAGIC else 4
                 return
             if spec.direct == "yes":
                 limit = (
@@ -143,7 +159,7 @@ class FileStore(Store):
                     f"disk {spec.uri!r}: option direct=yes: {limit}; use direct=auto"
                     + (f", or sector_size={offset}" if self.sector_size < offset <= 4096 else "")
                 )
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.direct = False
 
     def _abilities(self, spec: DiskSpec, st: os.stat_result) -> None:
@@ -169,14 +185,6 @@ class FileStore(Store):
         self.discard_granularity = max(self.sector_size, _sysfs(f"{queue}/discard_granularity"))
         self.discard_alignment = _sysfs(f"{base}/discard_alignment") % self.discard_granularity
 
-    def drain(self, timeout: float) -> bool:
-        end = time.monotonic() + timeout
-        while not self.locks.predecessor_gone():
-            if time.monotonic() >= end or not self.locks.fenced:
-                return False
-            time.sleep(0.02)
-        return True
-
     def refresh_size(self) -> bool:
         """Whole sectors of what is there now. Raises StoreError if the device is gone."""
         try:
@@ -190,16 +198,21 @@ class FileStore(Store):
 
     def _traits(self) -> list[str]:
         out = [f"sectors of {self.sector_size}", "direct" if self.direct else "buffered"]
+        if self._sent_by:
+            out[-1] += f" (on {self._sent_by}, without direct-io-safe)"
         if self.block:
             out.insert(0, "block device")
         if self.can_discard:
             out.append("discard")
         if not self.locks.fenced:
             out.append("no locks here, so a restart waits for nothing")
+        elif self.locks.process_fence:
+            out.append("no locks here, so a restart waits by those of the run directory")
         return out
 
     def close(self, *, final: bool = False) -> None:
         if self.fd >= 0:
+            self.locks.release()
             os.close(self.fd)
             self.fd = -1
 
@@ -249,10 +262,10 @@ def _readable(path: str) -> bool:
     return True
 
 
-def _in_memory(fd: int) -> bool:
-    """Is the file on tmpfs (it takes O_DIRECT since Linux 6.6, and means nothing by it)? statfs(2)."""
+def _file_system(fd: int) -> int:
+    """Its magic number; 0 if it has none. Of a block device that is devtmpfs's, which is tmpfs's. statfs(2)."""
     buffer = (ctypes.c_long * 32)()
-    return bool(_LIBC.fstatfs(fd, buffer) == 0 and buffer[0] == _TMPFS_MAGIC)
+    return int(buffer[0]) & 0xFFFFFFFF if _LIBC.fstatfs(fd, buffer) == 0 else 0
 
 
 def _ioctl_int(fd: int, request: int) -> int:

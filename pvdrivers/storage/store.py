@@ -19,7 +19,7 @@ from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, StoreError
 
 from .constants import STORE_FILE, STORE_MEMORY, STORE_NULL
-from .locks import DrainingError, Locks, Patience, Progress
+from .locks import DrainingError, Fence, Locks, Patience, Progress
 from .software_pool import address
 from .uri import DiskSpec, size_text
 
@@ -79,10 +79,6 @@ class Store(Closing):
     def sectors(self) -> int:
         """Size in units of 512 bytes, whatever `sector_size` is: the unit of blkif."""
         return self.size // 512
-
-    def drain(self, timeout: float) -> bool:
-        """Wait until no I/O of a predecessor of this device is under way; False if it is, or who knows."""
-        return True
 
     def refresh_size(self) -> bool:
         """Look how large the store is now; True if that has changed."""
@@ -195,13 +191,15 @@ def open_store(
     recover: bool = False,
     timeout: float = DRAIN_TIMEOUT,
     progress: Progress | None = None,
+    fence: Fence | None = None,
 ) -> Store:
     """Open what `spec` says, lock it, and find out what it can do.
 
     `identity` names the device (one string for one virtual disk of one guest): its fence, and the file of a
     memory store. With `recover` the disk was served before by a process that has ended: its I/O is waited
     for, up to `timeout` seconds (0: not at all), with a call of `progress(what, seconds)` every second; a
-    memory store is taken over.
+    memory store is taken over. `fence` is this process's, for file systems without locks: without it, a disk there
+    does not wait.
 
     Raises StoreError, DeviceBusyError (somebody uses it), DrainingError (the predecessor's I/O is still
     under way: call again), ConfigError (an option that this store cannot have).
@@ -214,5 +212,5 @@ def open_store(
     if spec.scheme == "file":
         from .file_store import FileStore
 
-        return FileStore(spec, identity, patience)
+        return FileStore(spec, identity, patience, fence)
     raise ConfigError(f"disk {spec.uri!r}: scheme {spec.scheme!r} cannot be opened")

@@ -57,6 +57,8 @@ class DiskSpec:
     grant_pages: int = 0
     compat_4k: bool = False
     vdev: str = ""
+    direct_io_safe: bool = False
+    """A key of the toolstack's, and no option: see storage.file_store, _OVER_NETWORK."""
 
     @property
     def readonly(self) -> bool:
@@ -168,7 +170,10 @@ def _vdev(text: str) -> str:
 OPTIONS: Final[dict[str, Option]] = {
     "mode": Option(*_choice("r", "w", "w!"), "read only; writable and ours alone; writable though others use it too"),
     "sector_size": Option(_sector_size, "512, 4096 or auto", "what the guest sees; auto: the device's own, files 512"),
-    "direct": Option(*_choice("yes", "no", "auto"), "past the page cache (O_DIRECT); auto: where it is possible"),
+    "direct": Option(
+        *_choice("yes", "no", "auto"),
+        "past the page cache (O_DIRECT); auto: where it is possible, on NFS and its like only with direct-io-safe",
+    ),
     "cache": Option(
         *_choice("writeback", "writethrough", "unsafe"),
         "the guest flushes; every write is durable; flushes are answered and not done",

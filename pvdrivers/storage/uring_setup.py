@@ -47,6 +47,7 @@ _FEATURES: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP | _FEAT_EXT_ARG | _FEAT_RSRC
 
 _OFF_SQ_RING: Final = 0
 _OFF_SQES: Final = 0x10000000
+_REGISTER_FILES: Final = 2
 _REGISTER_ENABLE_RINGS: Final = 12
 
 # struct io_uring_params: 10 words (sq_entries, cq_entries, flags, ..., features at 5, ...), then sq_off,
@@ -83,10 +84,19 @@ class Uring(Closing):
     `kind` is "io_uring", or "threads" for the software ring; then `reason` says why. Made by any thread;
     the one that is to submit calls the kernel `enable` (or the method) first. Raises PlatformError if it
     cannot be made.
+
+    `keep`: a descriptor that the kernel lets go of with the ring, so after the last request, should this process end.
     """
 
     def __init__(
-        self, entries: int = 256, cq_entries: int = 4096, software: bool = False, chunk: int = 4, threads: int = 4
+        self,
+        entries: int = 256,
+        cq_entries: int = 4096,
+        software: bool = False,
+        chunk: int = 4,
+        threads: int = 4,
+        *,
+        keep: int = -1,
     ) -> None:
         self.kind: Literal["io_uring", "threads"] = "threads" if software else "io_uring"
         self.reason = "asked for" if software else ""
@@ -104,6 +114,9 @@ class Uring(Closing):
                 self._pool = ThreadPool(self._record, self.address, entries, cq_entries, threads)
             else:
                 self._set_up(entries, cq_entries)
+                if keep >= 0:  # the threads of a software ring have it for as long as they are at a request
+                    files = bytearray(struct.pack("=i", keep))
+                    _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_FILES, address(files), 1)
         except OSError as e:
             self.close()
             raise PlatformError(why_refused(e)) from e
@@ -119,12 +132,14 @@ class Uring(Closing):
         software: bool | None = None,
         chunk: int = 4,
         threads: int = 4,
+        *,
+        keep: int = -1,
     ) -> Uring:
         """With `software` None: an io_uring, or the software ring where that is refused."""
         if software is not None:
-            return cls(entries, cq_entries, software, chunk, threads)
+            return cls(entries, cq_entries, software, chunk, threads, keep=keep)
         try:
-            return cls(entries, cq_entries, False, chunk, threads)
+            return cls(entries, cq_entries, False, chunk, threads, keep=keep)
         except PlatformError as e:
             ring = cls(entries, cq_entries, True, chunk, threads)
             ring.reason = str(e)

@@ -20,6 +20,7 @@ import numpy as np
 from pvdrivers.errors import PlatformError, PvError
 from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage import software_pool
+from pvdrivers.storage.locks import Fence
 from pvdrivers.storage.uring import enable
 from pvdrivers.storage.uring_setup import Uring
 from pvdrivers.syscalls import CYCLES, MAP_NORESERVE
@@ -101,12 +102,12 @@ class Worker:
     """One data-plane thread with an event channel handle, an io_uring and up to MAX_RINGS rings."""
 
     def __init__(self, platform: Platform, index: int, alert_fd: int, *, spin_us: int = 0, coalesce_us: int = 0,
-                 software: bool = False) -> None:  # fmt: skip
+                 software: bool = False, keep: int = -1) -> None:  # fmt: skip
         self.index = index
         self.platform = platform
         self.events = platform.open_events()
         self.seam = platform.seam(self.events)
-        self.uring = Uring.open(256, CQ_ENTRIES, software=software or None)
+        self.uring = Uring.open(256, CQ_ENTRIES, software=software or None, keep=keep)
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.rings = np.zeros(MAX_RINGS, RING)
         self._record = np.zeros(1, WORKER)
@@ -325,12 +326,14 @@ class WorkerPool:
     """All workers of a process. Implements pvdrivers.device.Workers."""
 
     def __init__(self, platform: Platform, count: int = 1, *, spin_us: int = 0, coalesce_us: int = 0,
-                 software: bool = False) -> None:  # fmt: skip
+                 software: bool = False, fence: Fence | None = None) -> None:  # fmt: skip
         if count < 1 or count > 64:
             raise PlatformError(f"{count} workers: from 1 to 64, one a core at the most")
         self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.fence = fence
+        keep = -1 if fence is None else fence.fd
         self.workers = [
-            Worker(platform, i, self.alert_fd, spin_us=spin_us, coalesce_us=coalesce_us, software=software)
+            Worker(platform, i, self.alert_fd, spin_us=spin_us, coalesce_us=coalesce_us, software=software, keep=keep)
             for i in range(count)
         ]
         self._next = 0

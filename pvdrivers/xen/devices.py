@@ -11,13 +11,11 @@ import os
 
 import numpy as np
 
-from pvdrivers.errors import PlatformError
+from pvdrivers.errors import PlatformError, UnavailableError
 
 GNTDEV = "/dev/xen/gntdev"
 GNTALLOC = "/dev/xen/gntalloc"
 EVTCHN = "/dev/xen/evtchn"
-
-_MODULES = {GNTDEV: "xen-gntdev", GNTALLOC: "xen-gntalloc", EVTCHN: "xen-evtchn"}
 
 
 def _ioc(kind: str, number: int, size: int) -> int:
@@ -61,14 +59,17 @@ UNMAP_NOTIFY_SEND_EVENT = 2
 
 
 def open_device(path: str) -> int:
-    """A descriptor of one of the devices. Raises PlatformError with what is wrong and what to do."""
+    """A descriptor of one of the devices. Raises PlatformError with what is wrong and what to do; UnavailableError if
+    the operator has to do it, and no later try would have the device."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as e:
         hint = {
-            errno.ENOENT: f"modprobe {_MODULES[path]}, on a kernel that runs on Xen",
-            errno.ENODEV: f"modprobe {_MODULES[path]}, on a kernel that runs on Xen",
+            errno.ENOENT: f"modprobe xen-{os.path.basename(path)}, on a kernel that runs on Xen",
+            errno.ENODEV: f"modprobe xen-{os.path.basename(path)}, on a kernel that runs on Xen",
             errno.EACCES: "run as root, or give the service's user this device",
             errno.EPERM: "run as root, or allow the device (DeviceAllow= in the unit)",
-        }.get(e.errno or 0, "see the kernel's log")
-        raise PlatformError(f"{path}: {e.strerror}; {hint}") from e
+        }.get(e.errno or 0)
+        if hint is None:
+            raise PlatformError(f"{path}: {e.strerror}; see the kernel's log") from e
+        raise UnavailableError(f"{path}: {e.strerror}; {hint}") from e

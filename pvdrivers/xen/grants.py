@@ -31,7 +31,7 @@ from .devices import (
     UNMAP_NOTIFY_SEND_EVENT,
     open_device,
 )
-from .grant_seam import GRANT_CTX
+from .grant_window import GRANT_CTX, SLOT_MAPPED, SLOT_TAKEN
 
 WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
@@ -70,13 +70,13 @@ class Context:
 
     def mapped(self) -> int:
         """How many pages are mapped through this context."""
-        return int((self._state == grant_seam.SLOT_MAPPED).sum())
+        return int((self._state == SLOT_MAPPED).sum())
 
     def close(self) -> None:
         """Unmap everything. Harmless a second time."""
         if self.fd >= 0:
             # All but what has become somebody else's: the runs between.
-            taken = np.flatnonzero(self._state == grant_seam.SLOT_TAKEN)
+            taken = np.flatnonzero(self._state == SLOT_TAKEN)
             for first, end in zip([0, *(taken + 1)], [*taken, len(self._state)]):
                 if end > first:
                     windows.unmap(self._window + int(first) * PAGE_SIZE, int(end - first) * PAGE_SIZE)

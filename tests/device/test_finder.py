@@ -12,6 +12,7 @@ import pytest
 from pvdrivers import nodes as nodes_module
 from pvdrivers import toolstack
 from pvdrivers.xenbus import XenbusState as S
+from tests.device.bed import Guest
 from tests.device.yard import DriverDomain, Yard, connect, until
 
 
@@ -31,6 +32,68 @@ def test_a_kernel_driver_that_is_loaded_meanwhile(yard: Yard, tmp_path: Path, ca
     yard.dom0.write(second.back + "/mode", "w")
     until(lambda: second.state() == S.InitWait)
     assert daemon.host.finder.refused == {}
+
+
+class KernelBackend:
+    """What xen-blkback does to a device that is connected elsewhere (Linux 6.1): see pvdrivers/modprobe.py."""
+
+    def __init__(self, yard: Yard, root: Path) -> None:
+        self.store = yard.dom0
+        self.directory = root / "sys/bus/xen-backend/drivers/vbd"
+
+    def load(self, guest: Guest) -> None:
+        self.directory.mkdir(parents=True)
+        (self.directory / f"vbd-{guest.domid}-51712").symlink_to("../../../../devices/nowhere")
+        for key, value in (("feature-max-indirect-segments", 256), ("state", 2), ("state", 5)):
+            self.store.write(f"{guest.back}/{key}", value)
+
+    def unload(self, guest: Guest) -> None:
+        (self.directory / f"vbd-{guest.domid}-51712").unlink()
+        self.directory.rmdir()
+        if self.store.read(f"{guest.back}/state") is not None:
+            self.store.write(f"{guest.back}/state", 6)
+
+
+def test_a_kernel_driver_that_takes_what_is_connected(
+    yard: Yard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = KernelBackend(yard, tmp_path)
+    daemon = yard.daemon(kernel_root=tmp_path)
+    taken, other = yard.guest(5), yard.guest(6)
+    for guest in (taken, other):
+        connect(guest)
+    life, disk = daemon.host.lives["vbd", 5, 51712], daemon.disks["vbd-5-51712"]
+    until(lambda: life.connected)
+    calls = list(disk.calls)
+    kernel.load(taken)
+    until(lambda: "kernel" in life.troubles.now)
+    taken.say(S.Closing)
+    yard.dom0.write(other.back + "/mode", "w")
+    until(lambda: daemon.disks["vbd-6-51712"].calls[-1] == "refresh")
+    time.sleep(0.2)
+    assert taken.state() == S.Closing, "as the kernel has it"
+    assert disk.calls == calls and life.connected and "kernel" in life.troubles.now
+    assert caplog.text.count("xen-blkback (/sys/bus/xen-backend/drivers/vbd) was loaded while it was served") == 1
+    assert "rmmod xen-blkback" in life.troubles.now["kernel"]
+    assert daemon.host.lives["vbd", 6, 51712].troubles.now == {} and other.state() == S.Connected
+    kernel.unload(taken)
+    until(lambda: "kernel" not in life.troubles.now and disk.calls[-1] == "disconnect")
+    assert not life.connected
+
+
+def test_what_the_kernel_had_taken_is_let_go_of_when_it_is_detached(yard: Yard, tmp_path: Path) -> None:
+    kernel = KernelBackend(yard, tmp_path)
+    daemon = yard.daemon(kernel_root=tmp_path)
+    guest = yard.guest(5)
+    connect(guest)
+    until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
+    kernel.load(guest)
+    until(lambda: "kernel" in daemon.host.lives["vbd", 5, 51712].troubles.now)
+    yard.dom0.rm(guest.front)
+    yard.dom0.rm(guest.back)
+    until(lambda: not daemon.host.lives)
+    assert daemon.disks["vbd-5-51712"].calls[-2:] == ["disconnect", "removed"]
+    assert yard.dom0.read(guest.back + "/state") is None
 
 
 def test_a_qdisk_that_is_a_qemus(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from pvdrivers.device import NotRecoverable
 from pvdrivers.errors import ConfigError, PlatformError, ProtocolViolation, StoreError
+from pvdrivers.storage.locks import DrainingError
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.bed import Bed
 
@@ -57,6 +58,22 @@ def test_retries_become_rare(bed: Bed) -> None:
     life.look()
     bed.control.pass_time(600)
     assert 20 <= len(disk.calls) < 40
+
+
+def test_io_of_the_dead_is_waited_for_and_told_once(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
+    """Its guest waits as well: it is looked at each half a second, however long it takes."""
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [DrainingError("disk.img: I/O of one that has ended is under way")] * 200
+    life.look()
+    bed.control.pass_time(60)
+    assert 100 < len(disk.calls) < 200
+    assert life.troubles.now == {"draining": "disk.img: I/O of one that has ended is under way"}
+    assert guest.error() is not None and "is under way" in str(guest.error())
+    assert len([r for r in caplog.records if "is under way" in r.getMessage() and r.levelname == "ERROR"]) == 1
+    bed.control.pass_time(60)
+    assert guest.state() == S.InitWait and life.troubles.now == {} and guest.error() is None
 
 
 def test_a_wrong_configuration_waits_for_the_operator(bed: Bed) -> None:

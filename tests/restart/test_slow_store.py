@@ -19,19 +19,26 @@ from .bed import Bed, until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-A_SECOND = 8
-DEPTH = 12
+TOP = Path(__file__).resolve().parents[2]
+WITHOUT_LOCKS = TOP / "tests/storage/without_locks"
+A_SECOND = 4  # so that what is under way takes longer than a start
+DEPTH = 24
 RANGE = 128 << 10
 
 
 @pytest.mark.parametrize("io", ["auto", "threads"])
-def test_writes_of_the_dead_do_not_land_on_newer_ones(bed: Callable[..., Bed], tmp_path: Path, io: str) -> None:
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
+def test_writes_of_the_dead_do_not_land_on_newer_ones(
+    bed: Callable[..., Bed], tmp_path: Path, io: str, locks: bool
+) -> None:
+    """On file systems with locks and without."""
     image = tmp_path / "slow.img"
     image.write_bytes(bytes(8 << 20))
     with loop_device(image) as device, throttle(device, 10_000, A_SECOND) as group:
         b = bed("--io", io)
-        b.serve(group)
-        disk = b.disk(device, queues=1, ring_order=0)
+        extra = {} if locks else {"PYTHONPATH": f"{WITHOUT_LOCKS}:{TOP}", "WITH_LOCKS": str(b.run_dir / "fence")}
+        b.serve(group, **extra)
+        disk = b.disk(device, mode="w" if locks else "w!", queues=1, ring_order=0)  # w: O_EXCL, a fence as well
         before = b.frontend()
         load = Load(disk, Plan(depth=DEPTH, write_percent=90, verify="all", length=RANGE, again_percent=90))
         load.start()
@@ -41,7 +48,7 @@ def test_writes_of_the_dead_do_not_land_on_newer_ones(bed: Callable[..., Bed], t
         # Not waited for: it ends when its writes have landed, and the next one is not to depend on that.
         b.backend.popen.send_signal(signal.SIGKILL)
         first = b.backend
-        b.serve()
+        b.serve(**extra)
         seen = load.snapshot().requests
         until(lambda: load.snapshot().requests > seen + 500, timeout=60)
         if io == "auto":
@@ -50,6 +57,7 @@ def test_writes_of_the_dead_do_not_land_on_newer_ones(bed: Callable[..., Bed], t
         result = load.wait(60)
         assert result.right and result.requeues == 0, result
         time.sleep(2 * DEPTH / A_SECOND)  # whatever was to land late has landed
+        assert ("a restart waits by those of the run directory" in b.log.read_text()) == (not locks)
         check = Plan(requests=RANGE // 4096, verify="all", length=RANGE, random=False)
         assert Load(disk, check, load.ledger).run(60).right
         assert b.frontend() == before

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pvdrivers.cli import EXIT_USAGE
+from pvdrivers.cli import EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE, main, where
+from pvdrivers.errors import PlatformError, UnavailableError
 from pvdrivers.frontends.load import Load
 from pvdrivers.storage.xl_disk import parse_xl_disk
+from pvdrivers.xen import devices
 from tests.restart.bed import Bed
 from tests.restart.test_killed import LOAD, check_unnoticed, goes_on, image
 from tests.service.conftest import cli
@@ -130,8 +132,33 @@ def test_it_says_what_it_does() -> None:
     assert settings("RuntimeDirectoryPreserve") == ["yes"] and settings("Restart") == ["always"]
     assert "privcmd" not in " ".join(settings("DeviceAllow"))
     assert "-/proc/xen/privcmd" in settings("InaccessiblePaths")[0].split()
-    assert settings("RestartPreventExitStatus") == [str(EXIT_USAGE)]
+    assert settings("RestartPreventExitStatus") == [f"{EXIT_USAGE} {EXIT_UNAVAILABLE}"]
     assert not settings("MemoryDenyWriteExecute") and "# MemoryDenyWriteExecute=" in UNIT
+
+
+@pytest.mark.parametrize("lacking", ["gntdev", "evtchn"])
+def test_it_is_not_restarted_where_a_device_is_missing(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten starts a second would not make it appear; and other commands fail as ever."""
+    for name in {"gntdev", "evtchn"} - {lacking}:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(where, "GNTDEV", str(tmp_path / "gntdev"))
+    monkeypatch.setattr(devices, "EVTCHN", str(tmp_path / "evtchn"))
+    status = main(["serve", "--run-dir", str(tmp_path / "run")])
+    assert str(status) in settings("RestartPreventExitStatus")[0].split() and status == EXIT_UNAVAILABLE
+    assert f"{tmp_path / lacking}" in capsys.readouterr().err
+    if lacking == "gntdev":
+        assert main(["block-list", "--run-dir", str(tmp_path / "run"), "web"]) == EXIT_FAILED
+
+
+def test_what_may_pass_is_tried_again(tmp_path: Path) -> None:
+    """Any error but those for which there is something that the operator has to do."""
+    path = tmp_path / "gntdev"
+    path.symlink_to(path)
+    with pytest.raises(PlatformError, match="see the kernel's log") as error:
+        devices.open_device(str(path))
+    assert not isinstance(error.value, UnavailableError)
 
 
 def test_the_guest_that_is_to_be_pasted() -> None:

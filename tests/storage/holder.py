@@ -1,9 +1,10 @@
 """A process that opens a store, perhaps has I/O under way, and stays.
 
-    python -m tests.storage.holder URI IDENTITY [io_uring|threads CGROUP_PROCS]
+    python -m tests.storage.holder URI IDENTITY [io_uring|threads CGROUP_PROCS [RUN_DIR]]
 
 With a kind of ring it submits eight 4 KiB requests - writes of recognisable bytes, or reads if the
-disk is read only - says so, and sleeps. It is there to be killed.
+disk is read only - says so, and sleeps. It is there to be killed. With a run directory the disk is where no file has
+locks, but for the fence there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import time
 from pathlib import Path
 
 from pvdrivers.storage import uring
+from pvdrivers.storage.locks import Fence
 from pvdrivers.storage.store import open_store
 from pvdrivers.storage.uri import parse_disk
 from tests.storage.driver import Memory, open_ring
+from tests.storage.no_locks import take_away
 
 REQUESTS = 8
 
@@ -25,10 +28,13 @@ def main() -> None:
     spec = parse_disk(text)
     if rest:
         Path(rest[1]).write_text("0")  # 0: this process. Into the slow control group, before the device is opened
-    with open_store(spec, run_dir="/nonexistent", identity=identity) as store:
+    fence = Fence(Path(rest[2])) if len(rest) > 2 else None
+    if fence is not None:
+        take_away(fence.path)
+    with open_store(spec, run_dir="/nonexistent", identity=identity, fence=fence) as store:
         print("open", flush=True)
         if rest:
-            ring = open_ring(rest[0])
+            ring = open_ring(rest[0], keep=-1 if fence is None else fence.fd)
             mem = Memory(REQUESTS * 4096)
             opcode = uring.IORING_OP_READ if store.readonly else uring.IORING_OP_WRITE
             for n in range(REQUESTS):

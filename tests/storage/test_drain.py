@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from pvdrivers.storage.store import DrainingError, open_store
+from pvdrivers.errors import DeviceBusyError
+from pvdrivers.storage import locks
+from pvdrivers.storage.locks import Fence
+from pvdrivers.storage.store import DrainingError, Store, open_store
 from pvdrivers.storage.uri import parse_disk
 
 from .holder import REQUESTS
 from .host import loop_device, throttle
+from .no_locks import take_away
 
 ROOT = Path(__file__).resolve().parents[2]
 A_SECOND = 2
@@ -35,8 +39,8 @@ def slow(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield device, group
 
 
-def killed_with_requests_under_way(text: str, kind: str, group: Path) -> None:
-    argv = [sys.executable, "-m", "tests.storage.holder", text, "vbd/1/51712", kind, str(group)]
+def killed_with_requests_under_way(text: str, kind: str, group: Path, *run_dir: Path) -> None:
+    argv = [sys.executable, "-m", "tests.storage.holder", text, "vbd/1/51712", kind, str(group), *map(str, run_dir)]
     p = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert p.stdout is not None
@@ -83,7 +87,7 @@ def test_writes_of_the_dead_land_before_ours(slow: tuple[str, Path], kind: str, 
     ) as store:
         waited = time.monotonic() - start
         before = landed(device)
-        assert store.drain(0)
+        assert store.fd >= 0
     time.sleep(2)
     assert landed(device) == before, "a write of the dead process landed after we began"
     if kind == "io_uring":
@@ -101,6 +105,55 @@ def test_reads_of_the_dead_on_a_shared_disk(slow: tuple[str, Path]) -> None:
     with pytest.raises(DrainingError, match="this very device"):
         open_store(spec, run_dir="/nonexistent", identity="vbd/1/51712", recover=True, timeout=0)
     open_store(spec, run_dir="/nonexistent", identity="vbd/1/51712", recover=True, timeout=40).close()
+    _reap()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a daemon whose disks are where no file has locks."""
+    path = tmp_path / "run"
+    path.mkdir()
+    monkeypatch.setattr(locks, "fcntl", locks.fcntl)  # put back at the end
+    take_away(path / "fence")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+def test_where_no_file_has_locks_the_process_has(slow: tuple[str, Path], run_dir: Path, kind: str) -> None:
+    device, group = slow
+    spec = parse_disk(f"{device},mode=w!")  # or exclusive use of a block device would be another fence
+    killed_with_requests_under_way(f"{device},mode=w!", kind, group, run_dir)
+    fence = Fence(run_dir)
+
+    def again(identity: str = "vbd/1/51712", timeout: float = 0) -> Store:
+        return open_store(spec, run_dir=run_dir, identity=identity, recover=True, timeout=timeout, fence=fence)
+
+    with pytest.raises(DrainingError, match=f"{device} has no locks of its own.*: rm {fence.path}, and restart"):
+        again()
+    again("vbd/2/51712").close()  # a disk that the dead process did not have
+    with again(timeout=40) as store:
+        before = landed(device)
+        assert "a restart waits by those of the run directory" in store.describe()
+        with pytest.raises(DeviceBusyError, match=f"is held by process {os.getpid()}|by this process"):
+            open_store(spec, run_dir=run_dir, identity="vbd/1/51712", recover=True, timeout=0, fence=Fence(run_dir))
+    time.sleep(2)
+    assert landed(device) == before, "a write of the dead process landed after we began"
+    if kind == "io_uring":
+        assert before == REQUESTS
+    _reap()
+    open_store(spec, run_dir=run_dir, identity="vbd/1/51712", fence=Fence(run_dir)).close()  # it was given back
+
+
+def test_the_operator_may_go_on_without(slow: tuple[str, Path], run_dir: Path) -> None:
+    """As the message says, and without the fence of a process as ever: nobody knows, nobody waits."""
+    device, group = slow
+    spec = parse_disk(f"{device},mode=w!")
+    killed_with_requests_under_way(f"{device},mode=w!", "io_uring", group, run_dir)
+    with open_store(spec, run_dir=run_dir, identity="vbd/1/51712", recover=True, timeout=0) as store:
+        assert "no locks here, so a restart waits for nothing" in store.describe()
+    (run_dir / "fence").unlink()
+    fence = Fence(run_dir)
+    open_store(spec, run_dir=run_dir, identity="vbd/1/51712", recover=True, timeout=0, fence=fence).close()
     _reap()
 
 

@@ -7,12 +7,14 @@ import ctypes
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pvdrivers.errors import ConfigError, DeviceBusyError, StoreError
+from pvdrivers.storage import file_store
 from pvdrivers.storage.store import STORE_FILE, STORE_MEMORY, STORE_NULL, Store, open_store
 from pvdrivers.storage.uri import parse_disk
 
@@ -35,14 +37,14 @@ def opened(tmp_path: Path) -> Iterator[Any]:
 def test_null(opened: Any) -> None:
     s = opened("null:1T")
     assert (s.kind, s.fd, s.sectors, s.readonly) == (STORE_NULL, -1, 1 << 31, False)
-    assert s.can_discard and s.can_flush and not s.flush_is_needed and s.drain(0)
+    assert s.can_discard and s.can_flush and not s.flush_is_needed
     assert "1T" in s.describe()
 
 
 def test_a_file(opened: Any, image: Path) -> None:
     s = opened(image)
     assert (s.kind, s.size, s.sectors, s.sector_size) == (STORE_FILE, 1 << 20, 2048, 512)
-    assert s.can_flush and s.flush_is_needed and s.drain(0) and not s.refresh_size()
+    assert s.can_flush and s.flush_is_needed and not s.refresh_size()
     assert s.memory_alignment <= 512 and s.submit_chunk in (4, 32)
     flags = fcntl.fcntl(s.fd, fcntl.F_GETFL)
     assert bool(flags & os.O_DIRECT) == s.direct and not flags & os.O_NONBLOCK
@@ -54,6 +56,26 @@ def test_buffered_and_durable_by_option(opened: Any, image: Path) -> None:
     s.close()
     s = opened(f"{image},mode=r", identity="2")
     assert s.readonly and not s.can_discard and not s.can_flush
+
+
+def test_direct_io_over_a_network_is_the_operators_word(
+    opened: Any, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image's file system stands in for NFS: all but its number is real."""
+    plain = opened(image)
+    plain.close()
+    if not plain.direct:
+        pytest.skip("this file system has no O_DIRECT")
+    fd = os.open(image, os.O_RDONLY)
+    monkeypatch.setitem(file_store._OVER_NETWORK, file_store._file_system(fd), "NFS")
+    os.close(fd)
+    for text, safe, direct in (("", False, False), ("", True, True), (",direct=yes", False, True),
+                               (",direct=no", True, False)):  # fmt: skip
+        spec = replace(parse_disk(f"{image},mode=w!{text}"), direct_io_safe=safe)
+        with open_store(spec, run_dir="/nonexistent", identity=f"{text}{safe}") as s:
+            assert s.direct == direct == bool(fcntl.fcntl(s.fd, fcntl.F_GETFL) & os.O_DIRECT), (text, safe)
+            assert s.submit_chunk == (4 if direct else 32)
+            assert ("buffered (on NFS, without direct-io-safe)" in s.describe()) == (text == "" and not safe)
 
 
 def test_unsafe_answers_flushes_and_does_none(opened: Any, image: Path) -> None:

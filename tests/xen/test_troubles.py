@@ -122,7 +122,7 @@ def test_no_gntdev(tmp_path: Path) -> None:
     GNTDEV.rename(away)
     try:
         said = refused(sys.executable, "-m", "pvdrivers", "serve", "--run-dir", str(tmp_path / "run"))
-        assert "there is no /dev/xen/gntdev: modprobe xen-gntdev" in said
+        assert "there is no /dev/xen/gntdev: modprobe -a xen-gntdev" in said
         said = refused(sys.executable, "-m", "pvdrivers", "check")
         assert "no /dev/xen/gntdev: pages of guests" in said and "modprobe xen-gntdev" in said
         assert "pvdrivers cannot run here without: xen gntdev" in said
