@@ -22,6 +22,7 @@ from rings.atomics import (
     load64,
     load_acquire64,
     pause,
+    prefetch,
     records,
     store16,
     store32,
@@ -197,6 +198,14 @@ def _send(sa: int, now: int) -> int:
 
 
 @inline
+def _fetch(page: int) -> None:
+    """Have the beginning of a page brought here, while the one before it is read: from there on the processor sees by
+    itself what is wanted."""
+    for line in range(16):
+        prefetch(page + line * 64)
+
+
+@inline
 def _give_page(ra: int, index: int) -> None:
     """The next page of the load goes into a slot of the rx ring."""
     receiver = _receiver_at(ra)
@@ -268,6 +277,8 @@ def _receive(la: int, ra: int, now: int) -> int:
                 receiver["errors"] += 1
                 status = i64(0)
             if look == LOOK_ALL:
+                if k + 1 < n:
+                    _fetch(i64(load64(receiver["at"] + (cons + k + 1 & (SLOTS - 1)) * 8)))
                 skip = (receiver["head"] + STAMPS + 7) & ~7 if page == head else 0
                 if status > skip:
                     receiver["sum"] += word_sum(page + skip, (status - skip) // 8)

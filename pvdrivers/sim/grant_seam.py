@@ -58,6 +58,7 @@ from .grant_kernels import (
 OP_SIZE = GRANT_OP.itemsize
 _EBUSY, _EINVAL = 16, 22
 _LINE, _LINES = 64, 4
+_LONG = 2048  # bytes of a copy that is slower for it: the processor asks early enough by itself
 _TOGETHER = 32  # copies
 
 OFFER_CTX = np.dtype(
@@ -127,12 +128,12 @@ def _bytes_at(ctx, slot: int, gref: int, offset: int) -> int:  # type: ignore[no
 
 @inline
 def _pin_page(ctx, domid: int, gref: int, offset: int, length: int, readonly: int) -> int:  # type: ignore[no-untyped-def]
-    """Pin the page of one side of a copy, and have the first lines of the piece brought here. GNTST_*."""
+    """Pin the page of one side of a copy, and have the first lines of a short one brought here. GNTST_*."""
     slot = page_of(ctx, domid, gref)
     if slot < 0:
         return slot
     status = pin(ctx, records(foreign_at(ctx, slot), 1, FOREIGN)[0], gref, readonly)
-    if status == GNTST_okay:
+    if status == GNTST_okay and length < _LONG:
         at = _bytes_at(ctx, slot, gref, offset)
         for k in range(min((length + _LINE - 1) // _LINE, _LINES)):
             if readonly != 0:
