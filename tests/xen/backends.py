@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pvdrivers.frontends.blkfront import Blkfront
 from tests.hostile_frontend import Frontend
 
 from .serve import Serve
-from .system import sh, until
+from .system import RESULTS, sh, until
 
 QEMU = "/usr/libexec/xen-qemu-system-i386"
 DEVICE = "xvdy"
@@ -51,21 +52,28 @@ class Kernel:
 
 
 class Qemu:
-    """QEMU's qdisk."""
+    """QEMU's qdisk: a process for each disk, as one of a domain that has had some does not always take the next."""
 
     kind = "qdisk"
 
     def __init__(self, top: Path) -> None:
-        self._pidfile = Path("/run/xen/qemu-dom0.pid")
-        sh(QEMU, "-xen-domid", "0", "-xen-attach", "-name", "dom0", "-nographic", "-M", "xenpv", "-daemonize",
-           "-monitor", "/dev/null", "-serial", "/dev/null", "-parallel", "/dev/null", "-nodefaults", "-no-user-config",
-           "-pidfile", self._pidfile)  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
 
     def keys(self, device: str) -> tuple[str, dict[str, str]]:
+        self.stop()
+        with (RESULTS / "qemu.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [QEMU, "-xen-domid", "0", "-xen-attach", "-name", "dom0", "-nographic", "-M", "xenpv", "-monitor",
+                 "/dev/null", "-serial", "/dev/null", "-parallel", "/dev/null", "-nodefaults", "-no-user-config"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
         return f"aio:{device}", {"type": "qdisk"}
 
     def stop(self) -> None:
-        os.kill(int(self._pidfile.read_text()), signal.SIGTERM)
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
 
 
 class Ours:
