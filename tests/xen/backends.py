@@ -20,6 +20,7 @@ from .system import RESULTS, sh, until
 
 QEMU = "/usr/libexec/xen-qemu-system-i386"
 DEVICE = "xvdy"
+QEMU_READ_ONLY = "QEMU 7.2 does not serve a disk of mode r that is made so (Block node is read-only)"
 
 
 class Backend(Protocol):
@@ -116,7 +117,11 @@ class Disk:
     def connect(self, **options: Any) -> Blkfront:
         """An honest frontend."""
         disk = Blkfront(self.platform, self.devid, **options)
-        disk.connect(timeout=60)
+        try:
+            disk.connect(timeout=60)
+        except Exception:
+            disk.close()  # with its watches: the connection to xenstore is of all tests
+            raise
         return disk
 
     def closed(self) -> None:
