@@ -107,6 +107,7 @@ class Disk:
     def __init__(self, name: str, backend: Backend, platform: Any, device: str, mode: str = "w") -> None:
         self.name, self.platform = name, platform
         self.devid = toolstack.devid_of(DEVICE)
+        self._fronts: list[Blkfront] = []
         params, be = backend.keys(device)
         self.path = toolstack.attach_vbd(platform.store, 0, DEVICE, params, mode=mode, kind=backend.kind, be=be)
 
@@ -117,11 +118,8 @@ class Disk:
     def connect(self, **options: Any) -> Blkfront:
         """An honest frontend."""
         disk = Blkfront(self.platform, self.devid, **options)
-        try:
-            disk.connect(timeout=60)
-        except Exception:
-            disk.close()  # with its watches: the connection to xenstore is of all tests
-            raise
+        self._fronts.append(disk)
+        disk.connect(timeout=60)
         return disk
 
     def closed(self) -> None:
@@ -132,6 +130,12 @@ class Disk:
         """As xl does, whatever its state; harmless a second time."""
         if self.key("state"):
             toolstack.detach(self.platform.store, self.path, timeout=20, force=True)
+
+    def end(self) -> None:
+        """Whatever a test has left: its frontends' watches too, as all tests have one connection to xenstore."""
+        for front in self._fronts:
+            front.close()
+        self.detach()
 
 
 class RawFrontend(Frontend):

@@ -86,7 +86,7 @@ if ON_XEN:
 
         yield one
         for disk in made:
-            disk.detach()
+            disk.end()
 
     @pytest.fixture
     def serve() -> Iterator[Callable[..., Serve]]:
