@@ -284,7 +284,7 @@ def test_a_guest_notifies_without_end(
             row = stats(daemon)[name]
             rate = (counted(row, "idle_events") - before) / (time.monotonic() - began)
             said = row["troubles"].get("events", "")
-            print(f"busy: {busy}\nstorm: {noisy}\nevents: {counted(row, 'events')}, {rate:.0f} a second; said: {said!r}")
+            print(f"busy: {busy}\nstorm: {noisy}\nevents: {counted(row, 'events')}, {rate:.0f} a second: {said}")
             # An emulated machine that shares its processors may not bring as many as make a storm.
             assert said or rate <= storm.MOST, row
             assert row["connected"] and counted(row, "events") > 100, row
