@@ -169,12 +169,13 @@ def test_a_device_that_a_script_makes(running: Guest, stores: Stores, daemon: Se
 def test_who_serves_a_file_of_which_nothing_more_is_said(
     guest: Callable[..., Guest], stores: Stores, daemon: Serve
 ) -> None:
-    """libxl takes QEMU, which is not our business; with backendtype=phy and no script it refuses a file."""
+    """libxl takes `vbd` and its script for a raw file, which are ours; what is QEMU's is left to it."""
     image = stores.file("plain", 8, random=True)
-    one = guest(f"format=raw,vdev=xvda,access=rw,target={image}")
-    assert listing(f"/local/domain/0/backend/qdisk/{one.domid}") == ["51712"]
-    assert listing(f"/local/domain/0/backend/vbd/{one.domid}") == []
+    theirs = stores.file("theirs", 8, random=True)
+    one = guest(f"{image},raw,xvda,w", f"format=raw,vdev=xvdb,access=rw,backendtype=qdisk,target={theirs}")
+    assert listing(f"/local/domain/0/backend/vbd/{one.domid}") == ["51712"]
+    assert listing(f"/local/domain/0/backend/qdisk/{one.domid}") == ["51728"]
+    assert read(f"{where(one, 51712)}/script") == BLOCK and len(loops(image)) == 1
     assert one.run("sha256sum < /dev/xvda").split()[0] == checksum(image)
-    assert f"-{one.domid}-51712: " not in daemon.log.read_text()
-    said = one.xl("block-attach", f"format=raw,vdev=xvdb,access=rw,backendtype=phy,target={image}", check=False)
-    assert "no suitable backend for disk" in said, said
+    assert one.run("sha256sum < /dev/xvdb").split()[0] == checksum(theirs)
+    assert f"-{one.domid}-51728: " not in daemon.log.read_text()
