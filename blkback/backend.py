@@ -24,7 +24,7 @@ from rings.ring import ring_entries
 
 from .attach import attach_queue, detach_queue, drop_grants, format_disk
 from .pages import Plan, plans, set_aside
-from .params import disk_of, script_of
+from .params import awaits_block, disk_of, script_of
 from .records import DISK, MAX_QUEUES, disk_policy
 from .sharing import migrates_from
 
@@ -192,6 +192,8 @@ class BlkBackend(Device):
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
         """Check the keys, map the rings, bind the ports, and have workers serve them."""
         assert self.spec is not None
+        if awaits_block(self.params):
+            raise NotYet("it waits for the hotplug script block to write physical-device-path")
         if self.store is None:
             self._open_late()
         assert self.store is not None

@@ -13,6 +13,7 @@ libxl runs the script after our InitWait, so a disk whose script has not run yet
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -32,6 +33,15 @@ def disk_of(keys: BackKeys) -> DiskSpec | None:
         return replace(parse_xl(params, mode, device_type), direct_io_safe=safe)
     made = keys.str_key("physical-device-path", "", max_length=4096) or _by_number(keys)
     return replace(parse_xl(made, mode, device_type), direct_io_safe=safe) if made else None
+
+
+def awaits_block(keys: BackKeys) -> bool:
+    """Whether libxl's script `block` has yet to make a loop device of a file. We need none, but the script fails where
+    we are Connected before it has looked, and the toolstack takes the disk away."""
+    made = keys.str_key("physical-device-path", "", max_length=4096) or keys.str_key("physical-device", "")
+    if made or script_of(keys) != "block":
+        return False
+    return os.path.isfile(keys.str_key("params", None, max_length=4096))
 
 
 def script_of(keys: BackKeys) -> str:

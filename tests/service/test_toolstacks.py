@@ -74,6 +74,25 @@ def test_a_script_that_runs_after_initwait(shared: Bed, image: Path) -> None:
         reads(guest)
 
 
+def test_the_block_script_is_waited_for_where_it_makes_a_loop_device(shared: Bed, image: Path) -> None:
+    """Of a file; it fails, and xl takes the disk away, where the backend is Connected before it has looked."""
+    with ExitStack() as stack:
+        guest = front(shared, stack, str(image), be={"script": "/etc/xen/scripts/block"})
+        guest.wait(INIT_WAIT)
+        guest.say(INITIALISED, **guest.keys_of([guest.new_ring()]))
+        time.sleep(0.3)
+        assert guest.backend() == INIT_WAIT and guest.error() == ""
+        shared.dom0.store.write(f"{guest.back}/physical-device-path", "/dev/not-there")
+        guest.wait(CONNECTED, timeout=5)
+        reads(guest)
+        # It has nothing to do for what is no file to it.
+        Path(f"{image}2").write_bytes(bytes(1 << 20))
+        for params in (f"{image}2,policy=copy", "memory:1M"):
+            other = front(shared, stack, params, be={"script": "block"})
+            other.connect()
+            assert other.backend() == CONNECTED
+
+
 @pytest.mark.root
 def test_a_script_that_writes_only_the_number(shared: Bed, image: Path) -> None:
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ collect_ignore_glob = [] if ON_XEN else ["test_*.py"]
 if ON_XEN:
     from pvdrivers.platform import open_platform
 
+    from .backends import BACKENDS, Backend, Disk
     from .guests import Guest
     from .serve import Serve
     from .stores import Stores
@@ -62,6 +64,29 @@ if ON_XEN:
         xen = open_platform("xen")
         yield xen
         xen.close()
+
+    @pytest.fixture(scope="module", params=list(BACKENDS))
+    def backend(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[tuple[str, Backend]]:
+        """Each backend of dom0 in turn, running: its name, and what it is."""
+        made = BACKENDS[request.param](tmp_path_factory.mktemp("backend"))
+        yield request.param, made
+        made.stop()
+        time.sleep(0.5)
+
+    @pytest.fixture
+    def attach(backend: tuple[str, Backend], platform: Any, stores: Stores) -> Iterator[Callable[..., Disk]]:
+        """Attaches the disk of a test to dom0: so many MiB of a loop device, mode "r" or "w"."""
+        made: list[Disk] = []
+
+        def one(mib: int, mode: str = "w", random: bool = False) -> Disk:
+            made.append(Disk(*backend, platform, stores.loop(stores.file("disk", mib, random=random)), mode))
+            return made[-1]
+
+        yield one
+        for disk in made:
+            disk.end()
 
     @pytest.fixture
     def serve() -> Iterator[Callable[..., Serve]]:

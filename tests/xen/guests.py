@@ -121,6 +121,10 @@ class Guest:
         """To a file; the domain is gone then."""
         self.xl("save", to, seconds=BOOT)
 
+    def checkpoint(self, to: Path) -> None:
+        """To a file as well; the domain goes on."""
+        self.xl("save", to, options=["-c"], seconds=BOOT)
+
     def restore(self, saved: Path) -> None:
         """Out of the file, as a new domain that goes on where it was."""
         sh("xl", "restore", saved, seconds=BOOT)

@@ -4,12 +4,14 @@ a live update of xenstored, a connection to it that is lost. A neighbour under f
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from pvdrivers import toolstack
+from pvdrivers.troubles import SLOW_SECONDS
 from pvdrivers.xenstore import XenStoreClient, default_path
 
 from .guests import Guest, disk
@@ -54,6 +56,40 @@ def test_a_guest_that_does_not_run_is_waited_for(here: Yard, stores: Stores) -> 
             domid = never.domid
             never.destroy()
             here.check_gone(domid)
+
+
+def test_guests_that_do_not_answer_for_a_minute(here: Yard, guest: Callable[..., Guest], stores: Stores) -> None:
+    """One that never connects, one that does not let go: named in the log once, and in stats as long as it lasts."""
+    image = stores.file("slow", 16, random=True)
+    keeps = guest(disk(stores.file("keeps", 16)), disk(stores.file("other", 16), "xvdb"))
+    with paused(disk(image)) as slow:
+        keeps.xl("pause")
+        keeps.xl("block-detach", "xvdb", check=False)
+        names = {
+            f"vbd-{slow.domid}-51712": "its guest has not connected",
+            f"vbd-{keeps.domid}-51728": "its guest has not let go of it",
+        }
+        domids = {slow.domid, keeps.domid}
+        before = len(here.log())
+
+        def troubles() -> dict[str, str]:
+            rows = [row for domid in domids for row in here.devices(domid)]
+            return {row["device"]: row["troubles"]["guest"] for row in rows if "guest" in row["troubles"]}
+
+        wanted = {name: f"{text} for {SLOW_SECONDS:g} s; it is waited for" for name, text in names.items()}
+        until(lambda: troubles() == wanted, SLOW_SECONDS + 30, "both are named, and nobody else", pause=0.5)
+        here.check_unnoticed()
+        said = sh(sys.executable, "-m", "pvdrivers", "stats", "--run-dir", here.serve.run_dir)
+        log = here.log()[before:]
+        for name, text in wanted.items():
+            assert log.count(f"{name}: {text}") == 1, log
+            assert text in said, said
+        slow.xl("unpause")
+        keeps.xl("unpause")
+        slow.wait_ready()
+        assert slow.run("sha256sum < /dev/xvda").split()[0] == checksum(image)
+        until(lambda: not troubles(), 30, "they have answered, and stats say so")
+        assert keeps.run("dd if=/dev/xvda of=/dev/null bs=4096 count=8 iflag=direct 2>&1; echo well").endswith("well")
 
 
 def test_a_device_without_a_guest_that_answers(here: Yard, store: XenStoreClient, stores: Stores) -> None:

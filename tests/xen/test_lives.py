@@ -15,7 +15,7 @@ from .guests import Guest, disk, listed
 from .lives import Yard, yard
 from .load import Load, verified
 from .stores import Stores, checksum
-from .system import until
+from .system import dump, until
 
 LIBXL_WAITS = 10.0
 """Seconds that libxl waits for a backend to close; a destroy that takes as long was not answered."""
@@ -95,6 +95,24 @@ def test_saved_and_restored_under_io(
         (tmp_path / "saved").unlink()
         assert one.domid != first
         load.wait_progress()
+
+
+def test_a_checkpoint_under_io(here: Yard, guest: Callable[..., Guest], stores: Stores, tmp_path: Path) -> None:
+    """Saved, and running again as the same domain: its rings are as they were, and nobody has connected anew."""
+    one = guest(disk(f"{stores.file('disk', 16)},policy=map"), disk(stores.file("other", 16), "xvdb"), memory=192)
+    domid, saved = one.domid, tmp_path / "saved"
+    with verified(one, "xvda", "xvdb") as load:
+        fronts = f"/local/domain/{domid}/device/vbd"
+        rings = dump(fronts)
+        states = {found["device"]: found["since"] for found in here.devices(domid)}
+        for _ in range(2):
+            one.checkpoint(saved)
+            assert saved.stat().st_size > 50 << 20
+            saved.unlink()
+            load.wait_progress()
+        assert one.domid == domid
+        assert dump(fronts) == rings and "event-channel" in rings
+        assert {found["device"]: found["since"] for found in here.devices(domid)} == states and len(states) == 2
 
 
 def test_migrated_to_this_host_under_io(here: Yard, guest: Callable[..., Guest], stores: Stores) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from pvdrivers import toolstack
 from pvdrivers.cli.stats import snapshot
+from pvdrivers.worker import storm
 from pvdrivers.xenbus import XenbusState
 from pvdrivers.xenstore import XenStoreClient, default_path
 
@@ -278,9 +279,21 @@ def test_a_guest_notifies_without_end(
         assert toolstack.wait_for(store, backend, wanted, 20) in wanted
         with misbehaving("storm", str(devid), says="storming"):
             noisy = slowest(one.run(fio("xvda"), seconds=180))
+            before, began = counted(stats(daemon)[name], "idle_events"), time.monotonic()
+            time.sleep(5)
             row = stats(daemon)[name]
-    print(f"busy: {busy}\nstorm: {noisy}\nevents: {counted(row, 'events')}")
-    assert counted(row, "events") > 100, row
+            rate = (counted(row, "idle_events") - before) / (time.monotonic() - began)
+            said = row["troubles"].get("events", "")
+            print(f"busy: {busy}\nstorm: {noisy}\nevents: {counted(row, 'events')}, {rate:.0f} a second: {said}")
+            # An emulated machine that shares its processors may not bring as many as make a storm.
+            assert said or rate <= storm.MOST, row
+            assert row["connected"] and counted(row, "events") > 100, row
+        if said:
+            assert said.startswith("its guest sends events with nothing behind them") and "let in 10 times" in said
+            until(lambda: not stats(daemon)[name]["troubles"], 30, "the storm is over when its guest is")
+            assert stats(daemon)[name]["counts"]["events"] >= 1
+            log = [line.partition(f"{name}: ")[2] for line in daemon.log.read_text().splitlines() if name in line]
+            assert log.count(said) == 1 and "its guest sends no events without end any more" in log, log
     assert not row["error"] and counted(row, "violations") == 0
     assert noisy["half"] < 10 * busy["half"] + 0.05 and noisy["all"] < 10 * busy["all"] + 1, (busy, noisy)
     until(lambda: name not in stats(daemon), 20, "it can be taken away")
