@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 
@@ -53,7 +54,11 @@ def test_an_event_that_comes_before_its_ring_is_filled_in(bed: Bed) -> None:
         assert stats[0]["events"] == 0, "it is let in with its ring, and not before"
         begin(worker.address, handle.address)
         theirs.notify(remote)
-        collect(worker.address, token)
+        for _ in range(500):
+            collect(worker.address, token)
+            if stats[0]["events"] > 0:
+                break
+            time.sleep(0.01)  # on Xen it comes by way of another processor
         assert stats[0]["events"] == 1 and handle.record["masked"] == 1
         worker.drop(handle)
         theirs.close()

@@ -132,17 +132,6 @@ def test_a_file_for_which_the_script_makes_a_loop_device(running: Guest, stores:
     assert loops(image) == []
 
 
-def test_a_file_with_options_by_the_block_script(running: Guest, stores: Stores) -> None:
-    """The script finds neither file nor device of that name, and has nothing to do."""
-    image = stores.file("options", 8, random=True)
-
-    def keys(path: str) -> None:
-        assert read(f"{path}/hotplug-status") == "connected" and read(f"{path}/node") is None
-        assert loops(image) == []
-
-    comes_and_goes(running, disk(f"{image},policy=copy", "xvdb", script="block"), image, keys)
-
-
 def test_a_device_that_a_script_makes(running: Guest, stores: Stores, daemon: Serve) -> None:
     """It is waited for, taken over by a daemon that is started anew, and let go before the script takes it away."""
     image = stores.file("made", 16, random=True)
