@@ -8,8 +8,6 @@ the switch alone. Of what is received nothing is read but a stamp now and then, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pvdrivers.syscalls import clock_monotonic, epoll_wait
@@ -41,7 +39,19 @@ from rings.netif import (
 )
 from rings.ring import CORRUPT, RING_END, advance, advance_prod, available, push, room, slot, unanswered
 
-from .net_load_records import FLOW, LOAD, LOOK_ALL, LOOK_SAMPLE, PAGE_STEP, RECEIVER, SENDER, STAMPS
+from .net_load_records import (
+    FLOW,
+    LOOK_ALL,
+    LOOK_SAMPLE,
+    PAGE_STEP,
+    RECEIVER,
+    SENDER,
+    STAMPS,
+    flow_at,
+    load_at,
+    receiver_at,
+    sender_at,
+)
 from .netfront_kernels import arm, queue_at, wait
 from .netfront_records import RX, SLOTS, TX
 
@@ -57,26 +67,6 @@ _SLEEP_MS = 2
 _MOST_PAGES = 1 << 24
 _FLOW_SIZE, _SENDER_SIZE, _RECEIVER_SIZE = FLOW.itemsize, SENDER.itemsize, RECEIVER.itemsize
 _I8 = np.dtype(np.int64)
-
-
-@inline
-def _flow_at(at: int) -> Any:
-    return records(at, 1, FLOW)[0]
-
-
-@inline
-def _sender_at(at: int) -> Any:
-    return records(at, 1, SENDER)[0]
-
-
-@inline
-def _receiver_at(at: int) -> Any:
-    return records(at, 1, RECEIVER)[0]
-
-
-@inline
-def _load_at(at: int) -> Any:
-    return records(at, 1, LOAD)[0]
 
 
 @kernel
@@ -118,7 +108,7 @@ def expected_sum(first: int, size: int, skip: int) -> int:
 @inline
 def _take_answers(sa: int) -> int:
     """Responses on the tx ring: how many, -1 for a violation."""
-    sender = _sender_at(sa)
+    sender = sender_at(sa)
     end = queue_at(sender["queue"])["tx_end"]
     n = available(end)
     if n == CORRUPT:
@@ -146,7 +136,7 @@ def _put(end: int, gref: int, flags: int, size: int) -> None:
 @inline
 def _stamp(sa: int, at: int, now: int) -> None:
     """Headers, number, time, and the page: what a guest's stack writes into each packet."""
-    sender = _sender_at(sa)
+    sender = sender_at(sa)
     copy_bytes(at, sender["template"], sender["head"])
     store16(at + 34, np.uint16(sender["number"] % sender["streams"] + 1024))  # the source port, in whatever order
     left = sender["size"] - sender["head"]
@@ -162,8 +152,8 @@ def _stamp(sa: int, at: int, now: int) -> None:
 @kernel
 def _send(sa: int, now: int) -> int:
     """Put as many packets as there is room for, and publish them: how many."""
-    sender = _sender_at(sa)
-    flow = _flow_at(sender["flow"])
+    sender = sender_at(sa)
+    flow = flow_at(sender["flow"])
     q = queue_at(sender["queue"])
     end = q["tx_end"]
     size = sender["size"]
@@ -208,7 +198,7 @@ def _fetch(page: int) -> None:
 @inline
 def _give_page(ra: int, index: int) -> None:
     """The next page of the load goes into a slot of the rx ring."""
-    receiver = _receiver_at(ra)
+    receiver = receiver_at(ra)
     end = queue_at(receiver["queue"])["rx_end"]
     page = receiver["next"]
     receiver["next"] = page + 1 if page + 1 < receiver["n_pages"] else 0
@@ -221,17 +211,17 @@ def _give_page(ra: int, index: int) -> None:
 @kernel
 def _look_at(la: int, ra: int, at: int, size: int, now: int) -> None:
     """A packet's stamp."""
-    if size >= _receiver_at(ra)["head"] + 16:
-        taken = now - i64(load64(at + _receiver_at(ra)["head"] + 8))
+    if size >= receiver_at(ra)["head"] + 16:
+        taken = now - i64(load64(at + receiver_at(ra)["head"] + 8))
         if taken >= 0:
-            bucket = _load_at(la)["hist"] + bucket_of(taken) * 8
+            bucket = load_at(la)["hist"] + bucket_of(taken) * 8
             store64(bucket, i64(load64(bucket)) + 1)
 
 
 @kernel
 def _check(ra: int, at: int, size: int) -> None:
     """All of a packet has been summed: is that what was sent?"""
-    receiver = _receiver_at(ra)
+    receiver = receiver_at(ra)
     skip = (receiver["head"] + STAMPS + 7) & ~7
     if size <= skip:
         return
@@ -243,8 +233,8 @@ def _check(ra: int, at: int, size: int) -> None:
 @kernel
 def _receive(la: int, ra: int, now: int) -> int:
     """Take what has come, and give pages for it: how many packets, -1 for a violation."""
-    receiver = _receiver_at(ra)
-    flow = _flow_at(receiver["flow"])
+    receiver = receiver_at(ra)
+    flow = flow_at(receiver["flow"])
     q = queue_at(receiver["queue"])
     end = q["rx_end"]
     n = available(end)
@@ -305,9 +295,9 @@ def _receive(la: int, ra: int, now: int) -> int:
 @kernel
 def _all_answered(la: int, flow: int) -> bool:
     """Whether all that was sent has been answered: by one flow, or by any (0)."""
-    load = _load_at(la)
+    load = load_at(la)
     for i in range(load["n_senders"]):
-        sender = _sender_at(load["senders"] + i * _SENDER_SIZE)
+        sender = sender_at(load["senders"] + i * _SENDER_SIZE)
         if (flow == 0 or sender["flow"] == flow) and unanswered(queue_at(sender["queue"])["tx_end"]) != 0:
             return False
     return True
@@ -317,10 +307,10 @@ def _all_answered(la: int, flow: int) -> bool:
 def _give_up(la: int, now: int) -> None:
     """Of flows by which nothing has come for a while, and of which all has been answered: what is still on its way is
     lost. Others go on meanwhile, and would else have this one stand still."""
-    load = _load_at(la)
+    load = load_at(la)
     load["looked_at"] = now
     for i in range(load["n_flows"]):
-        flow = _flow_at(load["flows"] + i * _FLOW_SIZE)
+        flow = flow_at(load["flows"] + i * _FLOW_SIZE)
         if flow["limit"] == 0 or flow["on_way"] <= 0 or now - flow["busy_at"] < _LOST_NS:
             continue
         if _all_answered(la, load["flows"] + i * _FLOW_SIZE):
@@ -331,15 +321,15 @@ def _give_up(la: int, now: int) -> None:
 @kernel
 def _sleep(la: int) -> int:
     """Until a packet or an answer comes, or 2 ms are over; below 0: a signal, or a violation."""
-    load = _load_at(la)
+    load = load_at(la)
     there = i64(0)
     for i in range(load["n_senders"]):
-        n = arm(_sender_at(load["senders"] + i * _SENDER_SIZE)["queue"], i64(TX))
+        n = arm(sender_at(load["senders"] + i * _SENDER_SIZE)["queue"], i64(TX))
         if n < 0:
             return i64(-2)
         there += n
     for i in range(load["n_receivers"]):
-        n = arm(_receiver_at(load["receivers"] + i * _RECEIVER_SIZE)["queue"], i64(RX))
+        n = arm(receiver_at(load["receivers"] + i * _RECEIVER_SIZE)["queue"], i64(RX))
         if n < 0:
             return i64(-2)
         there += n
@@ -349,16 +339,16 @@ def _sleep(la: int) -> int:
     if epoll_wait(load["epoll"], load["epoll_events"], 4, _SLEEP_MS) < 0:
         return i64(-1)
     for i in range(load["n_senders"]):
-        wait(_sender_at(load["senders"] + i * _SENDER_SIZE)["queue"], i64(0))
+        wait(sender_at(load["senders"] + i * _SENDER_SIZE)["queue"], i64(0))
     for i in range(load["n_receivers"]):
-        wait(_receiver_at(load["receivers"] + i * _RECEIVER_SIZE)["queue"], i64(0))
+        wait(receiver_at(load["receivers"] + i * _RECEIVER_SIZE)["queue"], i64(0))
     return i64(0)
 
 
 @kernel
 def run(la: int, until: int) -> int:
     """Work until CLOCK_MONOTONIC is `until` ns, or a drained load has all its answers: SLICE, DRAINED or VIOLATED."""
-    load = _load_at(la)
+    load = load_at(la)
     idle = i64(0)
     while True:
         now = clock_monotonic()

@@ -6,7 +6,12 @@ each as far as they fit. Word w of page p, counted in 8 bytes, is p * PAGE_STEP 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from rings.atomics import records
+from rings.jit import inline
 
 FLOW = np.dtype(
     [
@@ -86,3 +91,27 @@ LOOK_SAMPLE, LOOK_HEADERS, LOOK_ALL = range(3)
 PAGE_STEP = 0x10001
 STAMPS = 24
 """Bytes behind the template: number, time, page."""
+
+
+@inline
+def flow_at(at: int) -> Any:
+    """The FLOW at an address."""
+    return records(at, 1, FLOW)[0]
+
+
+@inline
+def sender_at(at: int) -> Any:
+    """The SENDER at an address."""
+    return records(at, 1, SENDER)[0]
+
+
+@inline
+def receiver_at(at: int) -> Any:
+    """The RECEIVER at an address."""
+    return records(at, 1, RECEIVER)[0]
+
+
+@inline
+def load_at(at: int) -> Any:
+    """The LOAD at an address."""
+    return records(at, 1, LOAD)[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pvdrivers.cli import EXIT_UNAVAILABLE
 from tests.badinput.conftest import Operator
 from tests.hostile_frontend import FLUSH, READ, WRITE, Frontend, request, until
 from tests.restart.bed import Bed
@@ -21,9 +22,9 @@ def cli(*words: str, timeout: float = 60, user: int | None = None, **extra: str)
                           timeout=timeout, env={**os.environ, **extra}, user=user)  # fmt: skip
 
 
-def one_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Status 1, and one line for people."""
-    assert done.returncode == 1, done.stderr
+def one_error(done: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
+    """The status, and one line for people."""
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("pvdrivers: error: "), done.stderr
@@ -32,7 +33,8 @@ def one_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_no_embedded_xen(tmp_path: Path) -> None:
-    one_error(cli("serve", "--run-dir", str(tmp_path / "nothing")), str(tmp_path / "nothing"), "pvdrivers sim")
+    nothing = str(tmp_path / "nothing")
+    one_error(cli("serve", "--run-dir", nothing), nothing, "pvdrivers sim", status=EXIT_UNAVAILABLE)
 
 
 @pytest.mark.slow
