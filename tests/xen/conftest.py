@@ -19,6 +19,7 @@ if ON_XEN:
 
     from .backends import BACKENDS, Backend, Disk
     from .guests import Guest
+    from .lives import Yard, yard
     from .serve import Serve
     from .stores import Stores
     from .system import RESULTS, logs, sh
@@ -55,6 +56,18 @@ if ON_XEN:
         """The same for a guest that the tests of one file share."""
         with ExitStack() as stack:
             yield lambda *words, **more: stack.enter_context(Guest(*words, **more))
+
+    @pytest.fixture(scope="module")
+    def the_yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+        """A daemon and a neighbour that notices nothing, for the tests of one file."""
+        with yard(tmp_path_factory.mktemp("yard")) as made:
+            yield made
+
+    @pytest.fixture
+    def here(the_yard: Yard) -> Iterator[Yard]:
+        """The same, and the neighbour has indeed noticed nothing of this test."""
+        yield the_yard
+        the_yard.check_unnoticed()
 
     @pytest.fixture(scope="module")
     def platform() -> Iterator[Any]:

@@ -7,12 +7,12 @@ nothing. Another disk of the same guest and another guest go on verified, the da
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from .guests import Guest, Job, disk, kernels
-from .lives import Yard, yard
+from .lives import Yard
 from .load import verified
 from .stores import Stores, checksum
 from .system import RESULTS, read, sh, until
@@ -27,18 +27,6 @@ FILES = (
     f" {FIO.format('/mnt/file')} --fsync=16"
 )
 USES = {"device": FIO.format("/dev/xvdb"), "filesystem": FILES}
-
-
-@pytest.fixture(scope="module")
-def the_yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with yard(tmp_path_factory.mktemp("yard")) as made:
-        yield made
-
-
-@pytest.fixture
-def here(the_yard: Yard) -> Iterator[Yard]:
-    yield the_yard
-    the_yard.check_unnoticed()
 
 
 def writes(here: Yard, name: str) -> int:

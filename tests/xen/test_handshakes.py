@@ -15,21 +15,9 @@ from pvdrivers.troubles import SLOW_SECONDS
 from pvdrivers.xenstore import XenStoreClient, default_path
 
 from .guests import Guest, disk
-from .lives import BACKENDS, Yard, yard
+from .lives import BACKENDS, Yard
 from .stores import Stores, checksum
 from .system import listing, read, sh, until
-
-
-@pytest.fixture(scope="module")
-def the_yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with yard(tmp_path_factory.mktemp("yard")) as made:
-        yield made
-
-
-@pytest.fixture
-def here(the_yard: Yard) -> Iterator[Yard]:
-    yield the_yard
-    the_yard.check_unnoticed()
 
 
 @pytest.fixture(scope="module")

@@ -6,31 +6,19 @@ And a neighbour of theirs, under fio with verify on the same daemon, notices not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from .guests import Guest, disk, listed
-from .lives import Yard, yard
+from .lives import Yard
 from .load import Load, verified
 from .stores import Stores, checksum
 from .system import dump, until
 
 LIBXL_WAITS = 10.0
 """Seconds that libxl waits for a backend to close; a destroy that takes as long was not answered."""
-
-
-@pytest.fixture(scope="module")
-def the_yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with yard(tmp_path_factory.mktemp("yard")) as made:
-        yield made
-
-
-@pytest.fixture
-def here(the_yard: Yard) -> Iterator[Yard]:
-    yield the_yard
-    the_yard.check_unnoticed()
 
 
 @pytest.mark.xen_quick
