@@ -12,6 +12,7 @@ from __future__ import annotations
 from errno import EAGAIN, EINTR, EIO
 from typing import Any
 
+from pvdrivers.iovec import IOVEC_SIZE, iovec_at
 from pvdrivers.storage.constants import STORE_FILE, STORE_MEMORY
 from pvdrivers.storage.uring import (
     IORING_OP_READ,
@@ -27,13 +28,12 @@ from pvdrivers.storage.uring import (
 )
 from pvdrivers.storage.uring_layout import ring_at as uring_at
 from pvdrivers.worker.marks import complete, req_at, ring_at, worker_at
-from pvdrivers.worker.records import IOVEC, ZERO_BYTES
-from rings.atomics import copy_bytes, i64, records, zero_bytes
+from pvdrivers.worker.records import ZERO_BYTES
+from rings.atomics import copy_bytes, i64, zero_bytes
 from rings.jit import inline, kernel
 
 from .records import K_BARRIER, K_DISCARD, K_FLUSH, K_READ, K_SECURE, blk_at, disk_at
 
-_IOVEC_SIZE = IOVEC.itemsize
 _PUNCH_HOLE_KEEP_SIZE = 2 | 1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _MAX_RETRIES = 64
 _IOV_MAX = 1024  # the kernel refuses more (EINVAL); an indirect request may have 4096 segments
@@ -75,16 +75,11 @@ def submit_first(u: int, ra: int) -> None:
 
 
 @inline
-def _iovec(req: Any, k: int) -> Any:
-    return records(req["iov"] + k * _IOVEC_SIZE, 1, IOVEC)[0]
-
-
-@inline
 def _copy_memory(qa: int, at: int, reading: bool) -> None:
     """A memory: store: the data itself, now."""
     req = req_at(qa)
     for k in range(req["n_iov"]):
-        v = _iovec(req, k)
+        v = iovec_at(req["iov"], k)
         if reading:
             copy_bytes(v["base"], at, v["length"])
         else:
@@ -96,7 +91,7 @@ def _copy_memory(qa: int, at: int, reading: bool) -> None:
 def _zero_memory(qa: int) -> None:
     req = req_at(qa)
     for k in range(req["n_iov"]):
-        v = _iovec(req, k)
+        v = iovec_at(req["iov"], k)
         zero_bytes(v["base"], v["length"])
 
 
@@ -121,7 +116,7 @@ def _start_data(wa: int, qa: int, da: int) -> None:
     offset = (blk["sector"] << 9) + blk["moved"]
     if disk["store"] == STORE_FILE:
         if req["n_iov"] == 1:
-            v = _iovec(req, 0)
+            v = iovec_at(req["iov"], 0)
             op = IORING_OP_READ if reading else IORING_OP_WRITE
             _queue(wa, qa, queue_rw(w["uring"], op, disk["fd"], v["base"], v["length"], offset, qa))
         else:
@@ -202,13 +197,13 @@ def start(wa: int, qa: int, da: int) -> None:
 def _skip(req: Any, n: int) -> None:
     """The first n bytes of the iovecs are done."""
     while n > 0 and req["n_iov"] > 0:
-        v = _iovec(req, 0)
+        v = iovec_at(req["iov"], 0)
         if n < v["length"]:
             v["base"] += n
             v["length"] -= n
             return
         n -= v["length"]
-        req["iov"] += _IOVEC_SIZE
+        req["iov"] += IOVEC_SIZE
         req["n_iov"] -= 1
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from pvdrivers.worker.records import (
     INLINE_SEGMENTS,
-    IOVEC,
     POLICIES,
     POLICY_COPY,
     POLICY_MAP,
@@ -78,7 +77,6 @@ OPS_AT: int = BLK_REQ.fields["own_ops"][1]  # type: ignore[index]
 IOV_AT: int = BLK_REQ.fields["own_iov"][1]  # type: ignore[index]
 HOLD_BY_AT: int = DISK.fields["hold_by"][1]  # type: ignore[index]
 HOLD_EPOCH_AT: int = DISK.fields["hold_epoch"][1]  # type: ignore[index]
-assert IOVEC.itemsize == 16
 
 
 @inline

@@ -10,17 +10,16 @@ from __future__ import annotations
 from errno import EAGAIN, EBADFD, ENETDOWN, ENOBUFS, ENODEV, ENXIO
 from typing import Any
 
-from pvdrivers.syscalls import IOVEC, write, writev
+from pvdrivers.iovec import put_iovec
+from pvdrivers.syscalls import write, writev
 from pvdrivers.worker.marks import mark_lost, ring_at, stats_at
 from pvdrivers.worker.records import RING_ACTIVE
-from rings.atomics import i64, records
+from rings.atomics import i64
 from rings.jit import inline, kernel
 from rings.vnet import CSUM_BLANK, VNET_SIZE, put_vnet
 
 from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, fragment_at, packet_at, switch_at
 from .staging import page_of
-
-_IOVEC_SIZE = IOVEC.itemsize
 
 
 @inline
@@ -59,17 +58,11 @@ def goes_from_pages(pa: int) -> bool:
     return True
 
 
-@inline
-def _put_piece(pieces: int, n: int, at: int, length: int) -> None:
-    piece = records(pieces + n * _IOVEC_SIZE, 1, IOVEC)[0]
-    piece["base"], piece["len"] = at, length
-
-
 @kernel
 def _pieces(pa: int, at: int, pieces: int) -> int:
     """An IOVEC for the private bytes from `at` on, and for each piece that is in a page: how many; 0 if one is not."""
     packet = packet_at(pa)
-    _put_piece(pieces, 0, at, packet["data"] + packet["have"] - at)
+    put_iovec(pieces, 0, at, packet["data"] + packet["have"] - at)
     n = i64(1)
     start = i64(0)
     for f in range(packet["fragments"]):
@@ -80,7 +73,7 @@ def _pieces(pa: int, at: int, pieces: int) -> int:
             page = page_of(packet["stage"], i64(fragment["gref"]), 0)
             if page == 0:
                 return i64(0)
-            _put_piece(pieces, n, page + i64(fragment["offset"]) + skip, length - skip)
+            put_iovec(pieces, n, page + i64(fragment["offset"]) + skip, length - skip)
             n += 1
         start += length
     return n

@@ -9,7 +9,7 @@ import numpy as np
 
 from pvdrivers.device import DeviceId
 from pvdrivers.errors import PvError
-from pvdrivers.syscalls import IOVEC
+from pvdrivers.iovec import IOVEC_SIZE
 from pvdrivers.worker.control import Memory, RingHandle, Worker
 from pvdrivers.worker.records import STATS
 from rings.jit import address_of
@@ -54,7 +54,7 @@ class Shard:
         row["slots"] = self.new(_RING_SLOTS * TX_ENTRY_SIZE)
         row["deliveries"] = self.new(MAX_DELIVERIES * DELIVERY.itemsize)
         row["scratch"] = self.new(64)
-        row["pieces"] = self.new(MOST_PIECES * IOVEC.itemsize)
+        row["pieces"] = self.new(MOST_PIECES * IOVEC_SIZE)
         packets = np.zeros(BATCH, PACKET)
         row["data"] = self.new(BATCH * STRIDE)
         packets["data"] = int(row["data"]) + HEADROOM + np.arange(BATCH) * STRIDE

@@ -86,9 +86,6 @@ EPOLL_EVENT: Final = np.dtype([("events", "u4"), ("data", "u8")], align=not _X86
 POLLFD: Final = np.dtype([("fd", "i4"), ("events", "i2"), ("revents", "i2")])
 """struct pollfd, 8 bytes."""
 
-IOVEC: Final = np.dtype([("base", "i8"), ("len", "i8")])
-"""struct iovec, 16 bytes."""
-
 if TYPE_CHECKING:
 
     def syscall(nr: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int: ...

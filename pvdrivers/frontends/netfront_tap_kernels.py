@@ -5,9 +5,10 @@ The TAP says of each packet what the ring says of it: struct virtio_net_hdr (rin
 
 from __future__ import annotations
 
-from pvdrivers.syscalls import IOVEC, read, readv, write
-from rings.atomics import i64, load32, load_acquire64, records
-from rings.jit import inline, kernel
+from pvdrivers.iovec import IOVEC_SIZE, put_iovec
+from pvdrivers.syscalls import read, readv, write
+from rings.atomics import i64, load32, load_acquire64
+from rings.jit import kernel
 from rings.ring import room
 from rings.vnet import VNET_SIZE, from_vnet, put_vnet
 
@@ -21,17 +22,11 @@ ROOM = AT + BUFFER + 48
 """Bytes of a buffer."""
 _PAGE = 4096
 _PAGES = -(-MOST_BYTES // _PAGE)
-_FRAME_SIZE, _IOVEC_SIZE = FRAME.itemsize, IOVEC.itemsize
-BUFFERS = 2 * ROOM + (1 + _PAGES) * _IOVEC_SIZE
+_FRAME_SIZE = FRAME.itemsize
+BUFFERS = 2 * ROOM + (1 + _PAGES) * IOVEC_SIZE
 """Bytes of all that pump() wants: two buffers, and an IOVEC for a header and for each page of a packet."""
 _BATCH = 64
 _SLEEP_MS = 1000
-
-
-@inline
-def _piece(pieces: int, k: int, at: int, length: int) -> None:
-    piece = records(pieces + k * _IOVEC_SIZE, 1, IOVEC)[0]
-    piece["base"], piece["len"] = at, length
 
 
 @kernel
@@ -41,10 +36,10 @@ def _read(qa: int, fd: int, buffer: int, pieces: int) -> int:
     q = queue_at(qa)
     if q["sg"] == 0 or q["free_n"] < _PAGES or room(q["tx_end"]) <= _PAGES:
         return i64(read(fd, buffer + AT - HEADER, BUFFER + HEADER)) - HEADER
-    _piece(pieces, 0, buffer + AT - HEADER, HEADER)
+    put_iovec(pieces, 0, buffer + AT - HEADER, HEADER)
     for k in range(_PAGES):
         page = i64(load32(q["free"] + (q["free_n"] - 1 - k) * 4))
-        _piece(pieces, 1 + k, q["tx_pages"] + page * _PAGE, _PAGE)
+        put_iovec(pieces, 1 + k, q["tx_pages"] + page * _PAGE, _PAGE)
     size = i64(readv(fd, pieces, 1 + _PAGES)) - HEADER
     return size | 1 << 32 if size > 0 else size
 

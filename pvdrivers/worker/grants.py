@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pvdrivers.iovec import iovec_at, put_iovec
 from pvdrivers.platform import OP_READONLY, OP_TO_GUEST, GNTST_no_device_space, GNTST_no_space
 from rings.atomics import copy_bytes, i64, records
 from rings.jit import inline, kernel
@@ -23,13 +24,12 @@ from .cache import FOREVER, HELD_PERSISTENT, NO_HANDLE, drop_cache, keep
 from .marks import mark_limited, req_at, ring_at, stats_at, worker_at
 from .persistent import cache_at, entry_at, lookup, put_back
 from .pools import free_bounce, pop_bounce, push_block, push_bounce, wake_starved
-from .records import IOVEC, POLICY_COPY, POLICY_PERSISTENT
+from .records import POLICY_COPY, POLICY_PERSISTENT
 
 RETRY_NS, RETRY_MOST_NS = 60_000_000_000, 3_600_000_000_000
 """The first wait before a ring that has had no room maps again, and the longest."""
 SPARE = 4096
 """Bounce pages that are free for a try: if it fails, no request may fail for its sake."""
-_IOVEC_SIZE = IOVEC.itemsize
 _I8 = np.dtype(np.int64)
 
 
@@ -227,11 +227,10 @@ def _build_iov(qa: int) -> None:
         base = op_at(req["ops"], k)["address"] + (0 if bounced else i64(seg["offset"]))
         length = i64(seg["length"])
         if base == end:
-            v = records(req["iov"] + (n - 1) * _IOVEC_SIZE, 1, IOVEC)[0]
+            v = iovec_at(req["iov"], n - 1)
             v["length"] += length
         else:
-            v = records(req["iov"] + n * _IOVEC_SIZE, 1, IOVEC)[0]
-            v["base"], v["length"] = base, length
+            put_iovec(req["iov"], n, base, length)
             n += 1
         end = base + length
     req["n_iov"] = n

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pvdrivers.iovec import IOVEC_SIZE
+
 # RING.state
 RING_FREE = 0
 RING_ATTACHING = 1  # filled in by the control thread; the worker has not seen it yet
@@ -120,11 +122,9 @@ BLOCK_SEGMENTS = 4096  # segments in a block: BLKIF_MAX_INDIRECT_PAGES_PER_REQUE
 SEGMENT = np.dtype([("gref", "u4"), ("offset", "u2"), ("length", "u2")], align=True)
 """A checked segment: `length` bytes, 1 to 4096, at `offset` in the page behind `gref`. Eight bytes."""
 
-IOVEC = np.dtype([("base", "i8"), ("length", "i8")], align=True)
-
 BLOCK_OPS_AT = BLOCK_SEGMENTS * SEGMENT.itemsize
 BLOCK_IOV_AT = BLOCK_OPS_AT + BLOCK_SEGMENTS * 32
-BLOCK_SIZE = BLOCK_IOV_AT + BLOCK_SEGMENTS * IOVEC.itemsize
+BLOCK_SIZE = BLOCK_IOV_AT + BLOCK_SEGMENTS * IOVEC_SIZE
 """A block: SEGMENT, GRANT_OP and IOVEC [BLOCK_SEGMENTS]. Only what is used of it is ever touched."""
 
 POLICY_MAP = 0

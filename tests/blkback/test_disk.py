@@ -10,12 +10,13 @@ import pytest
 
 from blkback import disk
 from blkback.records import BLK_REQ, DISK, K_READ, K_WRITE
+from pvdrivers.iovec import IOVEC
 from pvdrivers.storage.constants import STORE_FILE
 from pvdrivers.storage.uring import advance, cqe, enable, peek, queue_nop, queue_poll, reap, wait
 from pvdrivers.storage.uring_layout import CQE
 from pvdrivers.storage.uring_setup import Uring
 from pvdrivers.worker.control import Memory
-from pvdrivers.worker.records import IOVEC, REQ, RING, RING_ACTIVE, WORKER
+from pvdrivers.worker.records import REQ, RING, RING_ACTIVE, WORKER
 from rings.atomics import records
 from rings.jit import kernel
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pvdrivers.iovec import IOVEC
 from pvdrivers.platform import (
     GRANT_OP,
     OP_READONLY,
@@ -26,7 +27,6 @@ from pvdrivers.worker.records import (
     BLOCK_IOV_AT,
     BLOCK_OPS_AT,
     BLOCK_SIZE,
-    IOVEC,
     POLICY_COPY,
     POLICY_PERSISTENT,
     REQ,
