@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,8 @@ def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int) -> l
     return [disk.name, rw, *(f"{n / requests:.3f}" for n in numbers), ours + lost]
 
 
-def throughput(guest: Guest, rounds: int, seconds: int) -> list[list[str]]:
+def throughput(guest: Guest, rounds: int, seconds: int) -> Iterator[list[str]]:
     """Rows: the ratio ours / theirs, the median over rounds in which the disks take turns."""
-    rows = []
     for rw, size, depth in (("randread", "4k", 1), ("randread", "4k", DEPTH), ("randwrite", "4k", 1),
                             ("randwrite", "4k", DEPTH), ("read", "64k", 8), ("write", "64k", 8)):  # fmt: skip
         got: dict[str, list[float]] = {disk.name: [] for disk in (OURS, KERNEL, QDISK)}
@@ -132,8 +132,7 @@ def throughput(guest: Guest, rounds: int, seconds: int) -> list[list[str]]:
         for other in (KERNEL, QDISK):
             ratios = sorted(a / b for a, b in zip(got[OURS.name], got[other.name]))
             row.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        rows.append([*row, f"{statistics.median(got[OURS.name]):.0f}"])
-    return rows
+        yield [*row, f"{statistics.median(got[OURS.name]):.0f}"]
 
 
 def starts(guest: Guest, serve: Serve, rounds: int) -> list[float]:
@@ -155,11 +154,13 @@ def starts(guest: Guest, serve: Serve, rounds: int) -> list[float]:
     return found
 
 
-def compiled_cold(directory: Path) -> float:
-    """Seconds to compile all that `serve` needs, and to link its image."""
+def cold() -> str:
+    """How long it takes to compile all that `serve` needs, and to link its image."""
     began = time.monotonic()
-    sh("env", f"PVDRIVERS_CACHE_DIR={directory}", sys.executable, "-m", "pvdrivers", "warm", seconds=3600)
-    return time.monotonic() - began
+    sh("env", "PVDRIVERS_CACHE_DIR=/tmp/cold", sys.executable, "-m", "pvdrivers", "warm", seconds=3600)
+    words = f"cold compile: {time.monotonic() - began:.0f} s"
+    print(words, flush=True)
+    return words
 
 
 def main() -> int:
@@ -167,36 +168,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.xen.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--cold", action="store_true", help="and how long a cold compile takes: many minutes")
-    parser.add_argument("--only", choices=("disks", "net"), help="one of the two")
+    parser.add_argument("--only", choices=("disks", "net", "cold"), help="one part")
     args = parser.parse_args()
-    parts = [args.only] if args.only else ["disks", "net"]
-    text = "\n".join(disks(args.quick, args.cold) if part == "disks" else bench_net.run(args.quick) for part in parts)
+    parts = [args.only] if args.only else ["disks", "net"] + ["cold"] * args.cold
+    made = {"disks": lambda: disks(args.quick), "net": lambda: bench_net.run(args.quick), "cold": cold}
+    text = "\n".join(made[part]() for part in parts)
     (RESULTS / "bench-xen.md").write_text(f"{time.strftime('%F')}\n\n{text}")
     return 0
 
 
-def disks(quick: bool, cold: bool) -> str:
-    """The tables, as text; they are printed as they are made."""
+def disks(quick: bool) -> str:
+    """The tables, as text."""
     rounds, seconds, requests = (1, 2, 2048) if quick else (3, 4, 8192)
     with ExitStack() as stack:
         guest, serve = prepare(stack)
         head = ["disk", "work", "grant operations", "grant hypercalls", "event hypercalls", "system calls of ours"]
-        rows = [counted(guest, serve, d, rw, requests) for rw in ("randread", "randwrite")
-                for d in (OURS, KERNEL, OURS_COPY, OURS_MAP, KERNEL_MAP, QDISK)]  # fmt: skip
-        text = f"## Counted, a request: 4 KiB, depth {DEPTH}, one vCPU, {requests} requests, all of dom0\n\n"
-        text += table(head, rows)
-        print(text, flush=True)
-        more = throughput(guest, rounds, seconds)
-        ratios = table(["work", "depth", "ours / xen-blkback", "ours / qdisk", "ours, IOPS"], more)
-        text += f"\n\n## Throughput under emulation, {rounds} rounds of {seconds} s in turn\n\n{ratios}\n"
-        print("\n" + ratios, flush=True)
+        rows = (counted(guest, serve, d, rw, requests) for rw in ("randread", "randwrite")
+                for d in (OURS, KERNEL, OURS_COPY, OURS_MAP, KERNEL_MAP, QDISK))  # fmt: skip
+        title = f"Counted, a request: 4 KiB, depth {DEPTH}, one vCPU, {requests} requests, all of dom0"
+        text = table(title, head, rows)
+        head = ["work", "depth", "ours / xen-blkback", "ours / qdisk", "ours, IOPS"]
+        title = f"Throughput under emulation, {rounds} rounds of {seconds} s in turn"
+        text += "\n" + table(title, head, throughput(guest, rounds, seconds))
         found = starts(guest, serve, 3 if quick else 5)
         words = f"start to InitWait, warm: {', '.join(f'{s:.1f}' for s in found)} s; to ready: {serve.ready_in:.1f} s"
-        if cold:
-            words += f"\ncold compile: {compiled_cold(Path('/tmp/cold')):.0f} s"
-        text += f"\n{words}\n"
         print(f"\n{words}", flush=True)
-    return text
+    return f"{text}\n{words}\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,24 +102,25 @@ def counted(guests: list[Guest], serve: Serve, way: Way, amount: Amount) -> list
     return [amount.name, way.name, amount.unit, *(f"{n / units:.2f}" for n in numbers), ours + lost]
 
 
+def throughput(guests: list[Guest], kinds: tuple[Amount, ...], rounds: int) -> Iterator[list[str]]:
+    """Rows: the ratio ours / theirs, the median over rounds."""
+    for amount in kinds:
+        if amount.unit == "packet":
+            amount.words = amount.words.replace("-b 1M", "-b 0")
+        got = [[transfer(guests, way, amount)[1] for way in (OURS, KERNEL)] for _ in range(rounds)]
+        found = sorted(ours / theirs for ours, theirs in got)
+        yield [amount.name, f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"]
+
+
 def run(quick: bool) -> str:
-    """The tables, as text; they are printed as they are made."""
+    """The tables, as text."""
     with ExitStack() as stack:
         guests, serve = prepare(stack)
         kinds = amounts(quick)
         head = ["traffic", "by", "for each", "grant operations", "grant hypercalls", "event hypercalls",
                 "system calls of ours"]  # fmt: skip
-        rows = [counted(guests, serve, way, amount) for amount in kinds for way in (OURS, KERNEL)]
-        text = "## Network, counted: from guest to guest, all of dom0\n\n" + counting.table(head, rows)
-        print(f"\n{text}", flush=True)
-        ratios = []
-        for amount in kinds:
-            if amount.unit == "packet":
-                amount.words = amount.words.replace("-b 1M", "-b 0")
-            got = [[transfer(guests, way, amount)[1] for way in (OURS, KERNEL)] for _ in range(1 if quick else 3)]
-            found = sorted(ours / theirs for ours, theirs in got)
-            ratios.append([amount.name, f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"])
-        more = "## Network, throughput under emulation, in turn\n\n"
-        more += counting.table(["traffic", "ours / xen-netback"], ratios)
-        print(f"\n{more}", flush=True)
-    return f"{text}\n\n{more}\n"
+        rows = (counted(guests, serve, way, amount) for amount in kinds for way in (OURS, KERNEL))
+        text = counting.table("Network, counted: from guest to guest, all of dom0", head, rows)
+        ratios = throughput(guests, kinds, 1 if quick else 3)
+        title = "Network, throughput under emulation, in turn"
+        return f"{text}\n{counting.table(title, ['traffic', 'ours / xen-netback'], ratios)}"

@@ -12,9 +12,10 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 TRC_SCHED_SWITCH = 0x0002800A  # previous domain and vcpu, next domain and vcpu
@@ -84,10 +85,14 @@ def count(raw: bytes, domid: int) -> Hypercalls:
     return found
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown, of which each line is printed as it is made: a row takes minutes."""
+    lines = [f"## {title}\n"]
+    print(f"\n{lines[0]}", flush=True)
+    for row in chain((head, ["---"] * len(head)), rows):
+        lines.append(f"| {' | '.join(row)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
 
 
 class Trace:
