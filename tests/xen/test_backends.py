@@ -195,13 +195,13 @@ def test_it_connects_again_and_again(attach: Callable[..., Disk]) -> None:
         ({"ring_ref": 31000}, {}),
         ({"protocol": "x86_128-abi"}, {"qemu": 64}),
         ({"event_channel": "none"}, {}),
-        ({"protocol": None}, {"kernel": 32, "qemu": 32, "ours": 32}),
+        ({"protocol": None}, {"kernel": 32, "qemu": 64, "ours": 32}),
     ],
     ids=["ring-ref", "protocol", "event-channel", "no protocol"],
 )
 def test_keys_that_are_wrong(attach: Callable[..., Disk], keys: dict[str, Any], connects: dict[str, int]) -> None:
-    """It is not served; and is, when it says what is right. No protocol at all is x86_32 to all three, and one that
-    is none is x86_64 to QEMU. `connects`: to whom it is no mistake, and the layout that they take it for."""
+    """It is not served; and is, when it says what is right. No protocol at all is x86_32, but to QEMU; and one that
+    is none is x86_64 to QEMU as well. `connects`: to whom it is no mistake, and the layout that they take it for."""
     disk = attach(1)
     with liar(disk) as front:
         abi = connects.get(disk.name, 32)
