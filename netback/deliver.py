@@ -234,12 +234,10 @@ def _fill_pages(wa: int, swa: int, pa: int, ra: int, headroom: int, extras: int)
             n = min(start + i64(piece["length"]) - done, room)
             offset = i64(piece["offset"]) + done - start
             # Only where both are mapped: Xen copies by grefs, or from pages that are our own.
-            gref = i64(piece["gref"])
-            there = page_of(packet["stage"], gref, 0) if switch_at(swa)["page_in"] != 0 else i64(0)
-            if there != 0:
-                _copy(wa, swa, ra, there + offset, n, 0)
+            if piece["page"] != 0 and switch_at(swa)["page_in"] != 0:
+                _copy(wa, swa, ra, piece["page"] + offset, n, 0)
             else:
-                _copy(wa, swa, ra, gref | offset << 32 | packet["domid"] << 48, n, OP_BETWEEN)
+                _copy(wa, swa, ra, i64(piece["gref"]) | offset << 32 | packet["domid"] << 48, n, OP_BETWEEN)
         done += n
         room -= n
 

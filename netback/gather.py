@@ -8,7 +8,7 @@ from rings.atomics import copy_in, i64
 from rings.jit import kernel
 
 from .records import fragment_at, packet_at
-from .staging import page_of, stage_at
+from .staging import stage_at
 
 
 @kernel
@@ -22,7 +22,7 @@ def gather(wa: int, pa: int, to: int, want: int, n: int) -> int:
         length = i64(fragment["length"])
         skip = max(packet["have"] - start, 0)
         take = min(length, want - start) - skip
-        there = page_of(packet["stage"], i64(fragment["gref"]), 0) if take > 0 else i64(0)
+        there = fragment["page"] if take > 0 else i64(0)
         if there != 0:
             copy_in(to + start + skip, there + i64(fragment["offset"]) + skip, take)
             stats_at(stage_at(packet["stage"])["stats"])["persistent_hits"] += 1

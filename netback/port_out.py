@@ -19,7 +19,6 @@ from rings.jit import inline, kernel
 from rings.vnet import CSUM_BLANK, VNET_SIZE, put_vnet
 
 from .records import N_DROPPED, N_FAILED, N_RECEIVED, N_UNSUPPORTED, fragment_at, packet_at, switch_at
-from .staging import page_of
 
 
 @inline
@@ -53,7 +52,7 @@ def goes_from_pages(pa: int) -> bool:
     for f in range(packet["fragments"]):
         fragment = fragment_at(pa, f)
         start += i64(fragment["length"])
-        if start > packet["have"] and page_of(packet["stage"], i64(fragment["gref"]), 0) == 0:
+        if start > packet["have"] and fragment["page"] == 0:
             return False
     return True
 
@@ -70,10 +69,9 @@ def _pieces(pa: int, at: int, pieces: int) -> int:
         length = i64(fragment["length"])
         skip = max(packet["have"] - start, 0)
         if skip < length:
-            page = page_of(packet["stage"], i64(fragment["gref"]), 0)
-            if page == 0:
+            if fragment["page"] == 0:
                 return i64(0)
-            put_iovec(pieces, n, page + i64(fragment["offset"]) + skip, length - skip)
+            put_iovec(pieces, n, fragment["page"] + i64(fragment["offset"]) + skip, length - skip)
             n += 1
         start += length
     return n

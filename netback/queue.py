@@ -14,7 +14,7 @@ from pvdrivers.worker.events import notify
 from pvdrivers.worker.fair import note_taken
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_DEAD, V_CLASS
-from rings.atomics import copy_in, i64, prefetch, records
+from rings.atomics import copy_in, i64, prefetch, prefetch_to_write, records
 from rings.jit import inline, kernel, seam_function
 from rings.netif import (
     RSP_NULL,
@@ -53,6 +53,8 @@ from .staging import page_of
 from .table import join
 from .waiting import rx_queue_at
 
+_IN_A_LINE = 64 // TX_ENTRY_SIZE
+
 
 @inline
 def _take(ra: int, slots: int, n: int) -> None:
@@ -60,6 +62,8 @@ def _take(ra: int, slots: int, n: int) -> None:
     end = ring_at(ra)["end"]
     e = records(end, 1, RING_END)[0]
     first = min(n, e["nr_ents"] - (e["cons"] & (e["nr_ents"] - 1)))
+    for k in range(0, min(first, BATCH), _IN_A_LINE):  # to be answered there; another core has them
+        prefetch_to_write(slot(end, e["cons"] + k))
     copy_in(slots, slot(end, e["cons"]), first * TX_ENTRY_SIZE)
     if n > first:
         copy_in(slots + first * TX_ENTRY_SIZE, slot(end, e["cons"] + first), (n - first) * TX_ENTRY_SIZE)
@@ -67,7 +71,7 @@ def _take(ra: int, slots: int, n: int) -> None:
 
 @inline
 def _prepare(pa: int, ra: int) -> None:
-    """Behind `plan`: what of it is to be private, and what is known of its checksum."""
+    """Behind `plan`: where its pages are, what of it is to be private, and what is known of its checksum."""
     packet = packet_at(pa)
     packet["domid"], packet["stage"] = ring_at(ra)["domid"], rx_queue_at(ring_at(ra)["priv"])["stage"]
     packet["have"], packet["want"] = 0, min(packet["size"], HEAD)
@@ -76,11 +80,11 @@ def _prepare(pa: int, ra: int) -> None:
         packet["csum"] = CSUM_BLANK
     elif packet["flags"] & TXF_data_validated != 0:
         packet["csum"] = CSUM_VALID
-    if packet["fragments"] > 0:  # for when all are there: the core that has written it is far away
-        first = fragment_at(pa, 0)
-        page = page_of(packet["stage"], i64(first["gref"]), 0)
-        if page != 0:
-            prefetch(page + i64(first["offset"]))
+    for f in range(packet["fragments"]):
+        fragment = fragment_at(pa, f)
+        fragment["page"] = page_of(packet["stage"], i64(fragment["gref"]), 0)
+        if f == 0 and fragment["page"] != 0:  # for when all are there: the core that has written it is far away
+            prefetch(fragment["page"] + i64(fragment["offset"]))
 
 
 @kernel

@@ -35,8 +35,9 @@ FAULTS = {
     F_GSO_TYPE: "a GSO type that there is not",
 }
 
-FRAGMENT = np.dtype([("gref", "u4"), ("offset", "u2"), ("length", "u2")], align=True)
-"""Checked: `length` bytes, 1 to 4096, at `offset` in the page behind `gref`. Eight bytes."""
+FRAGMENT = np.dtype([("gref", "u4"), ("offset", "u2"), ("length", "u2"), ("page", "i8")], align=True)
+"""Checked: `length` bytes, 1 to 4096, at `offset` in the page behind `gref`, which is mapped at `page`, 0 if it is not:
+so this is of one pass. Sixteen bytes."""
 
 PACKET = np.dtype(
     [
@@ -55,7 +56,7 @@ PACKET = np.dtype(
         ("tell", "i8"),  # ... and what its receiver is told, in the same way
         # Filled in behind `plan`: where its bytes are, and what they say.
         ("domid", "i8"),  # whose grefs its fragments name
-        ("stage", "i8"),  # address of a STAGE with those of them that are mapped, or 0
+        ("stage", "i8"),  # address of the STAGE of these, 0 if there is none
         ("data", "i8"),  # address of a private copy of its first bytes: the only ones that are ever looked at
         ("have", "i8"),  # how many these are; the others go from page to page
         ("want", "i8"),  # ... and are to be
@@ -98,7 +99,15 @@ def packet_at(pa: int) -> Any:
 @inline
 def fragment_at(pa: int, k: int) -> Any:
     """Fragment k of the PACKET at an address."""
-    return records(pa + FRAGMENT_AT + k * 8, 1, FRAGMENT)[0]
+    return records(pa + FRAGMENT_AT + k * 16, 1, FRAGMENT)[0]
+
+
+@inline
+def move_fragment(pa: int, k: int, source: int) -> None:
+    """Fragment k is what fragment `source` of the same packet is."""
+    here, there = fragment_at(pa, k), fragment_at(pa, source)
+    here["gref"], here["offset"], here["length"] = there["gref"], there["offset"], there["length"]
+    here["page"] = there["page"]
 
 
 HEAD = 128
@@ -313,4 +322,4 @@ def delivery_at(swa: int, k: int) -> Any:
     return records(switch_at(swa)["deliveries"] + k * _DELIVERY_SIZE, 1, DELIVERY)[0]
 
 
-assert FRAGMENT.itemsize == 8
+assert FRAGMENT.itemsize == 16

@@ -59,6 +59,7 @@ from .records import (
     P_REFUSE,
     P_SEND,
     fragment_at,
+    move_fragment,
     packet_at,
 )
 
@@ -181,8 +182,7 @@ def _drop_first(pa: int) -> None:
     packet = packet_at(pa)
     packet["fragments"] -= 1
     for k in range(packet["fragments"]):
-        here, there = fragment_at(pa, k), fragment_at(pa, k + 1)
-        here["gref"], here["offset"], here["length"] = there["gref"], there["offset"], there["length"]
+        move_fragment(pa, k, k + 1)
 
 
 @kernel

@@ -19,7 +19,7 @@ from rings.atomics import i64, load16, load32, store16, store32
 from rings.frame import ETHERNET
 from rings.jit import inline, kernel
 
-from .records import fragment_at, packet_at, port_at
+from .records import fragment_at, move_fragment, packet_at, port_at
 
 TAG = 4
 # As they lie in memory.
@@ -86,8 +86,7 @@ def _skip(pa: int, nbytes: int) -> None:
         if first["length"] == 0:
             packet["fragments"] -= 1
             for k in range(packet["fragments"]):
-                here, there = fragment_at(pa, k), fragment_at(pa, k + 1)
-                here["gref"], here["offset"], here["length"] = there["gref"], there["offset"], there["length"]
+                move_fragment(pa, k, k + 1)
 
 
 @kernel
@@ -97,10 +96,9 @@ def _lead(pa: int, nbytes: int) -> None:
     if packet["fragments"] == 0:
         return
     for k in range(packet["fragments"], 0, -1):
-        here, there = fragment_at(pa, k), fragment_at(pa, k - 1)
-        here["gref"], here["offset"], here["length"] = there["gref"], there["offset"], there["length"]
+        move_fragment(pa, k, k - 1)
     first = fragment_at(pa, 0)
-    first["gref"], first["offset"], first["length"] = 0, 0, nbytes
+    first["gref"], first["offset"], first["length"], first["page"] = 0, 0, nbytes, 0
     packet["fragments"] += 1
 
 
