@@ -1,7 +1,9 @@
-"""Filling in the records of a vif's rings. They begin at the rings' rsp_prod: fresh, or after a process that died."""
+"""Filling in the records of a vif's rings. They begin at the rings' rsp_prod: fresh, or after a process that died, of
+which the last answers are put there first."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,18 +15,45 @@ from rings.jit import address_of, compile_for
 from rings.netif import RX_ENTRY_SIZE, TX_ENTRY_SIZE
 
 from . import queue
+from .answers import ANSWERS, put_again
+from .kept_file import KeptFile, connection_of
 from .kernels import wake
 from .records import RX_QUEUE
 from .waiting import WAIT_BYTES
 
 if TYPE_CHECKING:
-    from .backend import QueueState, VifBackend
+    from .backend import Front, QueueState, VifBackend
 
 RING_SLOTS = 256
 """In the one page that each ring has, whichever way."""
+_VERSION = 1
 
 
-def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> RingHandle:
+def keep_answers(device: VifBackend, said: Front, recover: bool) -> KeptFile:
+    """ANSWERS of all rings of a vif: tx and rx of each queue, and the control ring's. Raises PvError without room."""
+    rings = 2 * len(said.queues) + 1
+    whose = f"answers {_VERSION} {connection_of(device, said)}"
+    return KeptFile(_path(device), np.dtype([("rings", ANSWERS, (rings,))]), whose, recover=recover)
+
+
+def forget_answers(device: VifBackend) -> None:
+    """The connection is over: nobody is to put them."""
+    _path(device).unlink(missing_ok=True)
+
+
+def _path(device: VifBackend) -> Path:
+    return device.context.run_dir / "answers" / str(device.ident)
+
+
+def use_answers(device: VifBackend, handle: RingHandle, ring: int, recover: bool) -> None:
+    """Have the ring of this number collect its answers there; what a process that died had settled is put first."""
+    assert device.answers is not None
+    handle.record["journal"] = device.answers.address + ring * ANSWERS.itemsize
+    if recover:
+        put_again(handle.address)
+
+
+def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool, recover: bool) -> RingHandle:
     """Fill in the RING of queue q's tx or rx ring. The worker is not told yet.
 
     Raises ProtocolViolation for indices that no ring can have.
@@ -56,6 +85,7 @@ def attach_ring(device: VifBackend, state: QueueState, q: int, *, tx: bool) -> R
         state.queue[0]["rx"] = handle.address
     row["stats"] = device.counters.address(q)
     device.counters.queues[q]["nr_ents"] = RING_SLOTS
+    use_answers(device, handle, 2 * q + (1 if tx else 0), recover)
     return handle
 
 
@@ -77,3 +107,4 @@ def warm() -> None:
     """Compile what attaching calls."""
     compile_for(ringlib.back_end, 4)
     compile_for(wake, 2)
+    compile_for(put_again, 1)

@@ -17,9 +17,10 @@ from pvdrivers.worker.records import V_CLASS
 from pvdrivers.worker.words import store_word
 from rings import netif
 
-from .attach import attach_ring, wake_guest
+from .attach import attach_ring, forget_answers, keep_answers, wake_guest
 from .control_attach import ControlKeys, attach_control, forget, parse_control
 from .groups import forget_groups, keep_groups
+from .kept_file import KeptFile
 from .live import apply, carrier, wants_filter
 from .other_side import OtherSide
 from .params import VifSpec, live_of, vif_of
@@ -129,6 +130,7 @@ class VifBackend(Device):
         self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []  # the last may be the control ring's
+        self.answers: KeptFile | None = None
         self.groups_known = True
         """Else nothing is filtered until the guest connects anew."""
 
@@ -160,7 +162,7 @@ class VifBackend(Device):
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
         """Check the keys, map the rings, bind the ports, join the switch, and have its worker serve them.
 
-        There is nothing to recover but the rings themselves: see `queue`.
+        There is nothing to recover but the rings themselves, and answers that were on their way there: see `answers`.
         """
         assert self.spec is not None
         self._release()
@@ -193,6 +195,7 @@ class VifBackend(Device):
         row["handed_over"] = row["n_out"] = row["stalled"] = row["hashes"] = row["amending"] = 0
         row["headroom"] = said.headroom
         self.groups_known = keep_groups(self, said, recover)
+        self.answers = keep_answers(self, said, recover)
         row["notifies"], row["filters"] = said.notifies, said.filters and self.groups_known
         apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
@@ -204,8 +207,8 @@ class VifBackend(Device):
             if keys.rx_port != keys.tx_port:
                 state.rx_port = -1
                 state.rx_port = state.worker.events.bind_interdomain(domid, keys.rx_port)
-            row["out"][q] = attach_ring(self, state, q, tx=False).address
-            attach_ring(self, state, q, tx=True)
+            row["out"][q] = attach_ring(self, state, q, tx=False, recover=recover).address
+            attach_ring(self, state, q, tx=True, recover=recover)
         if said.control is not None:
             self.queues.append(QueueState(self.switch.shard_of(self.port, 0)))
             attach_control(self, said.control, self.queues[-1], recover)
@@ -253,6 +256,7 @@ class VifBackend(Device):
         self._release()
         forget(self)
         forget_groups(self)
+        forget_answers(self)
 
     def hand_over(self) -> None:
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""

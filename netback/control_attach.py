@@ -16,6 +16,7 @@ from rings import ring as ringlib
 from rings.jit import address_of
 
 from . import control_ring, queue
+from .attach import use_answers
 from .control_records import CONTROL, HASHES
 from .kept_file import KeptFile
 from .staging_share import Staging, offer
@@ -103,6 +104,7 @@ def attach_control(device: VifBackend, keys: ControlKeys, state: QueueState, rec
     row["nr_ents"], row["entry_size"], row["domid"] = RING_SLOTS, size, domid
     row["local"] = state.shard.address
     row["stats"] = device.counters.address(0)
+    use_answers(device, handle, 2 * (len(device.queues) - 1), recover)
     device.port.record[0]["hashes"] = control.file.address
     for q, other in enumerate(device.queues[:-1]):
         other.queue[0]["stage"] = control.staging.at(q)

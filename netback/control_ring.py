@@ -13,11 +13,12 @@ from pvdrivers.platform import OP_READONLY, OP_TO_GUEST
 from pvdrivers.syscalls import eventfd_add
 from pvdrivers.worker.batch import map_batch, op_at, seam_of, unmap_batch
 from pvdrivers.worker.marks import mark_due, ring_at, stats_at, worker_at
-from rings.atomics import call, i64, load_acquire64, records, store_release64
+from rings.atomics import call, copy_bytes, i64, load_acquire64, records, store_release64
 from rings.jit import inline, kernel, seam_function
 from rings.netif import CTRL_GET_GREF_MAPPING_SIZE, CTRL_RESPONSE, CTRL_SUCCESS, GREF, GREF_readonly
-from rings.ring import RING_END, advance, copy_message, put_part
+from rings.ring import RING_END, advance, advance_prod, copy_message
 
+from .answers import answer_at
 from .control import conclude, look, mapped, request_at, stored
 from .control_records import DO_FETCH, DO_MAP, DO_STORE, control_at
 from .serving import to_serve
@@ -122,7 +123,9 @@ def _respond(ra: int) -> None:
     response = records(c["response"], 1, CTRL_RESPONSE)[0]
     response["id"], response["type"] = request["id"], request["type"]
     response["status"], response["data"] = c["status"], c["data"]
-    put_part(ring_at(ra)["end"], c["response"], _RESPONSE_SIZE)
+    end = ring_at(ra)["end"]
+    copy_bytes(answer_at(ra, records(end, 1, RING_END)[0]["prod_pvt"]), c["response"], _RESPONSE_SIZE)
+    advance_prod(end, 1)
 
 
 @seam_function

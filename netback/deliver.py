@@ -34,6 +34,7 @@ from rings.netif import (
 from rings.ring import CORRUPT, RING_END, available, slot
 from rings.vnet import CSUM_BLANK, CSUM_NONE
 
+from .answers import answer_at
 from .captured import capture_received
 from .extras import count_extras, put_extras
 from .gather import gather
@@ -86,9 +87,8 @@ def _sender_lacks(wa: int, swa: int, k: int) -> bool:
 def _undo(swa: int, d: int) -> None:
     """A page was missing: the slots of that packet say so, each for itself."""
     delivery = delivery_at(swa, d)
-    end = ring_at(delivery["ring"])["end"]
     for k in range(delivery["slots"]):
-        at = slot(end, delivery["first"] + k)
+        at = answer_at(delivery["ring"], delivery["first"] + k)
         put_rx_response(at, i64(load16(at)), 0, 0, RSP_ERROR)  # an id that is the guest's own, for itself
 
 
@@ -156,13 +156,12 @@ def _open_page(swa: int, ra: int, headroom: int, nbytes: int, flags: int) -> Non
     end = ring_at(ra)["end"]
     e = records(end, 1, RING_END)[0]
     sw = switch_at(swa)
-    at = slot(end, e["cons"])
-    copy_in(sw["scratch"], at, RX_ENTRY_SIZE)
+    copy_in(sw["scratch"], slot(end, e["cons"]), RX_ENTRY_SIZE)
     request = records(sw["scratch"], 1, RX_REQUEST)[0]
     sw["page"], sw["page_at"] = i64(request["gref"]), headroom
     sw["page_in"] = page_of(rx_queue_at(ring_at(ra)["priv"])["stage"], sw["page"], 1)
     _fetch_ahead(ra, headroom)
-    put_rx_response(at, i64(request["id"]), 0, flags, headroom + nbytes)
+    put_rx_response(answer_at(ra, e["cons"]), i64(request["id"]), 0, flags, headroom + nbytes)
     e["cons"] = (e["cons"] + 1) & 0xFFFFFFFF
     e["prod_pvt"] = e["cons"]
 
@@ -219,7 +218,7 @@ def _fill_pages(wa: int, swa: int, pa: int, ra: int, headroom: int, extras: int)
             if done == 0:
                 _open_page(swa, ra, headroom, left, _flags(packet, more, extras))
                 if extras != 0:
-                    put_extras(ring_at(ra)["end"], pa, headroom)
+                    put_extras(ra, pa, headroom)
             else:
                 _open_page(swa, ra, headroom, left, RXF_more_data if more else 0)
             room = _PAGE - headroom

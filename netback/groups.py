@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .kept_file import KeptFile
+from .kept_file import KeptFile, connection_of
 from .records import GROUPS, MOST_GROUPS
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ _VERSION = 1
 def keep_groups(device: VifBackend, said: Front, recover: bool) -> bool:
     """Have the list of a vif's port in its file, empty for a new connection. Whether it is known: not if a process
     before this one had it, and its file is not there. Raises PvError without room."""
-    uuid = device.context.platform.domain_uuid(device.ident.domid)
-    rings = " ".join(f"{q.tx_gref}+{q.rx_gref}+{q.tx_port}+{q.rx_port}" for q in said.queues)
-    file = KeptFile(_path(device), GROUPS, f"groups {_VERSION} {device.ident} {uuid} {rings}", recover=recover)
+    file = KeptFile(_path(device), GROUPS, f"groups {_VERSION} {connection_of(device, said)}", recover=recover)
     if file.found:
         tidy(file)
     device.port.use_groups(file)

@@ -10,13 +10,23 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pvdrivers.errors import PvError
 
+if TYPE_CHECKING:
+    from .backend import Front, VifBackend
+
 _HEADER = 4096
+
+
+def connection_of(device: VifBackend, said: Front) -> str:
+    """A vif's connection in words: no other vif, no later connection and no other guest of that number has the same."""
+    uuid = device.context.platform.domain_uuid(device.ident.domid)
+    rings = " ".join(f"{q.tx_gref}+{q.rx_gref}+{q.tx_port}+{q.rx_port}" for q in said.queues)
+    return f"{device.ident} {uuid} {rings}"
 
 
 class KeptFile:

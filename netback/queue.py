@@ -4,14 +4,16 @@
     step_rx    where the guest takes packets: nothing is taken from here, see `deliver`
     finish     either ring: push what this pass has answered, notify once
 
-Nothing is in flight from one pass to the next: a packet is taken, copied and answered within a visit. So there is no
-journal; who comes after a process that died begins at rsp_prod, and what was not answered is sent, perhaps again.
+Nothing is in flight from one pass to the next: a packet is taken, copied and answered within a visit. So nothing but
+the answers (see `answers`) has a journal; who comes after a process that died begins at rsp_prod, and what was not
+answered is sent, perhaps again.
 """
 
 from __future__ import annotations
 
 from pvdrivers.worker.events import notify
 from pvdrivers.worker.fair import note_taken
+from pvdrivers.worker.journal import STEP_COMPLETED, STEP_NOTIFIED, STEP_PUSHED, checkpoint
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_DEAD, V_CLASS
 from rings.atomics import copy_in, i64, prefetch, prefetch_to_write, records
@@ -28,6 +30,7 @@ from rings.netif import (
 from rings.ring import RING_END, advance, advance_prod, push, slot
 from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 
+from .answers import answer_at, settle
 from .captured import capture_sent
 from .control_ring import do_job
 from .drain import drain
@@ -97,7 +100,8 @@ def _respond(ra: int, swa: int, pa: int) -> None:
     for k in range(packet["slots"]):
         extra = k > 0 and k <= packet["extras"]
         request = records(switch_at(swa)["slots"] + (packet["at"] + k) * TX_ENTRY_SIZE, 1, TX_REQUEST)[0]
-        put_tx_response(slot(end, e["prod_pvt"]), i64(request["id"]), RSP_NULL if extra else packet["status"])
+        at = answer_at(ra, e["prod_pvt"])
+        put_tx_response(at, i64(request["id"]), RSP_NULL if extra else packet["status"])
         advance_prod(end, 1)
     if packet["status"] == RSP_OKAY:
         stats["kinds"][N_SENT] += 1
@@ -108,16 +112,21 @@ def _respond(ra: int, swa: int, pa: int) -> None:
 
 @kernel
 def _publish(wa: int, ra: int) -> None:
-    """Push, and notify if the guest asked for it."""
+    """Put what is answered into the slots, push, and notify if the guest asked for it."""
     ring = ring_at(ra)
     e = records(ring["end"], 1, RING_END)[0]
     if e["prod_pvt"] == e["pushed"]:
         return
-    if push(ring["end"]):
+    settle(wa, ra)
+    notifies = push(ring["end"])
+    checkpoint(worker_at(wa), STEP_PUSHED)
+    stats = stats_at(ring["stats"])
+    if notifies:
         notify(wa, ra)
-        stats_at(ring["stats"])["notify_sent"] += 1
+        stats["notify_sent"] += 1
     else:
-        stats_at(ring["stats"])["notify_saved"] += 1
+        stats["notify_saved"] += 1
+    checkpoint(worker_at(wa), STEP_NOTIFIED)
 
 
 @seam_function
@@ -172,6 +181,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     forward(wa, swa, porta, packets, ring["stats"])
     for k in range(packets):
         _respond(ra, swa, packet_of(swa, k))
+    checkpoint(worker_at(wa), STEP_COMPLETED)
     advance(ring["end"], at)
     note_taken(ra, packets)
     if fault != 0:

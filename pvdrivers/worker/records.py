@@ -171,7 +171,7 @@ RING = np.dtype(
         ("barrier", "i8"),  # ... and that one, once it has begun
         ("nr_ents", "i8"),
         ("entry_size", "i8"),
-        ("journal", "i8"),  # address of the JOURNAL_QUEUE
+        ("journal", "i8"),  # address of the JOURNAL_QUEUE, or of what its class has instead
         ("records", "i8"),  # address of JOURNAL_RECORD[nr_ents]
         ("record_size", "i8"),
         ("reqs", "i8"),  # address of the class's REQ[nr_ents]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,18 +33,23 @@ class Daemon:
         self.log = log
         self.start()
 
-    def start(self) -> None:
+    def start(self, **environ: str) -> None:
         with self.log.open("a") as log:
             self.popen = subprocess.Popen(
                 [*COMMAND, "serve", "--run-dir", str(self.run_dir), "--class", "vif", "--workers", WORKERS,
                  *self.options],
-                stdout=subprocess.PIPE, stderr=log, text=True,
+                stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environ},
             )  # fmt: skip
         assert self.popen.stdout is not None
         assert self.popen.stdout.readline().startswith("ready"), self.log.read_text()
 
     def kill(self) -> None:
         self.popen.kill()
+        self._ended()
+
+    def dies(self, timeout: float) -> None:
+        """Wait until it has killed itself (PVDRIVERS_TEST_KILL)."""
+        assert self.popen.wait(timeout) == -signal.SIGKILL
         self._ended()
 
     def _ended(self) -> int:

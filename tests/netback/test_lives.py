@@ -28,6 +28,7 @@ class Traffic:
         self.got = [0, 0]
         self.last = [-1, -1]
         self.wrong: list[str] = []
+        self.strange = 0
         self._over = threading.Event()
         calls = (self._send, self._receive)
         self._threads = [threading.Thread(target=call, args=(k,)) for k in (0, 1) for call in calls]
@@ -57,7 +58,8 @@ class Traffic:
                     time.sleep(0.001)
             for frame in frames:
                 if frame.data[:12] != self.ends[k].mac + self.ends[1 - k].mac:
-                    continue  # somebody else's: an address that nobody is known to have is flooded
+                    self.strange += 1  # somebody else's: an address that nobody is known to have is flooded
+                    continue
                 number = int.from_bytes(frame.data[14:18], "big")
                 if frame.data != self._frame(1 - k, number):
                     self.wrong.append(f"packet {number} to {k} is not what was sent")

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netback.answers import ANSWERS, BYTES_AT
 from netback.control_records import HASHES
 from netback.extras import count_extras, put_extras
 from netback.frame import parse
 from netback.hashing import choose_queue, flow_hash
 from netback.records import PACKET
+from pvdrivers.worker.records import RING
 from rings import netif
 from rings.ring import RING_END, back_end
 from tests.netback.control_bed import KEY, QUEUES, REQUESTS, Bed, grefs, hashing, ipv4, ipv6, mapping
@@ -246,8 +248,11 @@ def test_any_requests(steps: list[Any], queues: int, prepared: bool) -> None:
 
 @given(st.booleans(), SAID, st.integers(0, 2048))
 def test_extras_are_in_order_and_the_last_one_says_so(gso: bool, tell: Answer | None, headroom: int) -> None:
-    page, end, packet = Guarded(64 + 8 * 4), np.zeros(1, RING_END), np.zeros(1, PACKET)
+    end, packet, ring = np.zeros(1, RING_END), np.zeros(1, PACKET), np.zeros(1, RING)
+    page, answers = Guarded(64 + 8 * 4), Guarded(ANSWERS.itemsize)
     back_end(end.ctypes.data, page.address, 4, 8)
+    ring[0]["end"], ring[0]["journal"] = end.ctypes.data, answers.address
+    ring[0]["nr_ents"], ring[0]["entry_size"] = 4, 8
     if gso:
         packet[0]["gso_size"], packet[0]["gso_type"] = 1448, netif.GSO_TCPV4
     if tell:
@@ -263,10 +268,11 @@ def test_extras_are_in_order_and_the_last_one_says_so(gso: bool, tell: Answer | 
     assert count == len(want)
     if count:
         want[-1] = want[-1][:1] + b"\0" + want[-1][2:]
-        put_extras(end.ctypes.data, packet.ctypes.data, headroom)
-    page.check()
+        put_extras(ring.ctypes.data, packet.ctypes.data, headroom)
+    answers.check()
     assert end[0]["cons"] == end[0]["prod_pvt"] == count
-    assert page.bytes[64:].tobytes() == b"".join(want).ljust(32, b"\0")
+    assert answers.bytes[BYTES_AT : BYTES_AT + 32].tobytes() == b"".join(want).ljust(32, b"\0")
+    assert not page.bytes[64:].any()  # nothing is in the ring before it is certain that it will be published
 
 
 def test_a_hash_is_of_the_bytes_that_are_there() -> None:
