@@ -28,7 +28,7 @@ S = XenbusState
 
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 
-_COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
+_COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER, Action.RECONFIGURE}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
 _DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
@@ -52,14 +52,11 @@ class Life:
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
         self._before: XenbusState | None = None
         self._busy = False  # a job is under way
-        self._looking = False
-        self._again = False
-        self._paused = False
+        self._looking = self._again = self._paused = self._ended = self._refresh = False
         self._ending: Callable[[], None] | None = None
-        self._ended = False
         self._fault: str | None = None
         self._bad = ""
-        self._refresh = False
+        self._owed: Publish | None = None  # of the connection that there is: still to be written
         self._pace = Pace(control, self.look)
 
     @property
@@ -119,9 +116,7 @@ class Life:
         """The guest did what no honest guest does: the device closes, and may connect anew."""
         self.violations += 1
         text = str(ProtocolViolation(self.ident.domid, str(self.ident), violation))
-        # Once in full, then ever more rarely: a guest must not be able to fill a disk with our log.
-        if self.violations & (self.violations - 1) == 0:
-            log.warning("%s%s", text, f" ({self.violations} so far)" if self.violations > 1 else "")
+        self.troubles.violated(text, self.violations)
         self.drop(text)
 
     def drop(self, why: str) -> None:
@@ -204,6 +199,10 @@ class Life:
         action = wanted.action
         if action is Action.NOTHING:
             self._fresh = False
+            if self._owed is not None and self.connected:
+                # The unchanged state is written again: that is how Linux tells a frontend of a new size.
+                self._stepped(ours, theirs, Step(ours, Action.SAY), None, None)
+                return self._owed is None
             return self._start_refresh(ours)
         if action is Action.REJECT:
             self.fault(f"frontend went to {theirs.name} while the backend is in {ours.name}")
@@ -217,13 +216,8 @@ class Life:
         if action is Action.REMOVE:
             return self._do(self._handling.remove, partial(self._removed, ours, wanted.state))
         self.device.params = BackKeys.read(self._control.store, self.ident)
-        job: Callable[[], Any]
-        if action is Action.RECONFIGURE:
-            job = self.device.refresh
-        elif action is Action.ADVERTISE:
-            job = self._handling.advertise
-        else:
-            job = partial(self._handling.connect, action is Action.RECOVER)
+        jobs = {Action.RECONFIGURE: self.device.refresh, Action.ADVERTISE: self._handling.advertise}
+        job = jobs.get(action, partial(self._handling.connect, action is Action.RECOVER))
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
 
     def _drop(self, ours: XenbusState, why: str) -> bool:
@@ -278,9 +272,12 @@ class Life:
     ) -> None:
         recovered, published = wanted.action is Action.RECOVER, False
         if error is None:
-            keys = dict(keys or {})
+            keys = {**(self._owed or {}), **(keys or {})}
             if wanted.action is Action.ADVERTISE:
                 keys.setdefault("hotplug-status", "connected")
+            if wanted.action in (Action.RECOVER, Action.RECONFIGURE):
+                # Its rings are in use now, and are not to be taken over from ourselves: that would drop them.
+                self._fresh, self._owed = False, keys
             try:
                 published = self._publish(ours, keys, None if recovered else wanted.state)
             except OSError as e:
@@ -293,9 +290,12 @@ class Life:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
         self.nodes.clear_report()
-        self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if wanted.action in _COSTLY else ()))
+        rings = wanted.action in _COSTLY - {Action.RECONFIGURE}
+        self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if rings else ()))
         if published:
-            self._note("taken over from a process that ended" if recovered else wanted.state.name)
+            self._owed = None
+            if wanted.action is not Action.SAY:
+                self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
         self._before = theirs
         self._control.changed(self)

@@ -87,6 +87,11 @@ class Troubles:
             if rare:
                 log.info("%s: %s", self._name, _OVER[kind])
 
+    def violated(self, text: str, count: int) -> None:
+        """The guest broke the protocol, for the `count`-th time: told in full, and then ever more rarely, as above."""
+        if count & (count - 1) == 0:
+            log.warning("%s%s", text, f" ({count} so far)" if count > 1 else "")
+
     def went(self, state: XenbusState) -> None:
         """The device is in this state from now on."""
         self.over("guest")
