@@ -251,8 +251,9 @@ class BackKeys(_Keys):
         return BackKeys(self.device, self._values, f"{self._prefix}{name}/")
 
     @classmethod
-    def read(cls, store: XenStore, device: DeviceId) -> BackKeys:
-        """The whole directory at one moment (it is ours and the toolstack's: trusted, and small)."""
+    def read(cls, store: XenStore, device: DeviceId, *, wait: bool = True) -> BackKeys:
+        """The whole directory at one moment (it is ours and the toolstack's: trusted, and small). The control thread
+        has wait=False, see XenStoreClient.transaction()."""
 
         def snapshot(tx: int) -> dict[str, bytes]:
             values: dict[str, bytes] = {}
@@ -266,7 +267,7 @@ class BackKeys(_Keys):
                         todo.append(path)
             return values
 
-        return cls(device, store.transaction(snapshot))
+        return cls(device, store.transaction(snapshot, wait=wait))
 
 
 class Workers(Protocol):

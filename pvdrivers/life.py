@@ -215,7 +215,7 @@ class Life:
             return self._do(self._handling.disconnect, partial(self._closed, ours, wanted.state))
         if action is Action.REMOVE:
             return self._do(self._handling.remove, partial(self._removed, ours, wanted.state))
-        self.device.params = BackKeys.read(self._control.store, self.ident)
+        self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
         jobs = {Action.RECONFIGURE: self.device.refresh, Action.ADVERTISE: self._handling.advertise}
         job = jobs.get(action, partial(self._handling.connect, action is Action.RECOVER))
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
@@ -236,7 +236,7 @@ class Life:
         wanted, self._refresh = self._refresh and self.connected, False
         if not wanted:
             return False
-        self.device.params = BackKeys.read(self._control.store, self.ident)
+        self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
         return self._do(self.device.refresh, partial(self._refreshed, ours))
 
     # Jobs run elsewhere, and nothing else happens to this device meanwhile; then what follows on them

@@ -1,7 +1,8 @@
 """A device's nodes in the store: reading both states, publishing, and telling of errors where others look.
 
-Every method may raise OSError from the connection to the store. In a driver domain we see of a guest only what it or
-the toolstack lets us: a node that we may not read is as good as none, and a home that we may not read is one.
+Every method may raise OSError from the connection to the store. All of them are called on the control thread, which
+waits for no other's transaction (wait=False). In a driver domain we see of a guest only what it or the toolstack lets
+us: a node that we may not read is as good as none, and a home that we may not read is one.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Nodes:
             return True
 
         self._published |= keys.keys()
-        return bool(store.transaction(write))
+        return bool(store.transaction(write, wait=False))
 
     def leave(self, state: XenbusState) -> bool:
         """Our last word, whatever the toolstack has written meanwhile: it waits for this.
@@ -162,7 +163,7 @@ class Nodes:
             store.write(path, int(state), tx)
             return True
 
-        return bool(store.transaction(write))
+        return bool(store.transaction(write, wait=False))
 
     def report(self, text: str, *, hotplug: bool = False, logged: bool = False) -> None:
         """Tell the operator, once for each text: in the log, where Linux does, and to libxl if `hotplug`."""
@@ -223,7 +224,7 @@ class Nodes:
                 store.rm(path, tx)
 
         try:
-            store.transaction(remove)
+            store.transaction(remove, wait=False)
         except OSError as e:
             if connection_lost(e):
                 raise
