@@ -96,6 +96,23 @@ def test_one_process_follows_another(yard: Yard) -> None:
     assert [guest.state() for guest in guests] == [S.Connected, S.Connected]
 
 
+def test_a_disk_that_is_being_unplugged_has_a_follower_too(yard: Yard) -> None:
+    first = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    guest.unplug()  # and the guest has it mounted
+    until(lambda: guest.state() == S.Closing)
+    first.host.stop()
+    first.thread.join(10)
+    second = yard.daemon()
+    until(lambda: second.host.lives["vbd", 5, 51712].connected)
+    disk = second.disks["vbd-5-51712"]
+    assert disk.calls == ["advertise", "recover"] and guest.state() == S.Closing
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+    assert disk.calls[2:] == ["disconnect", "removed"]
+
+
 def test_one_stuck_disk(yard: Yard) -> None:
     daemon = yard.daemon()
     stuck = daemon.stuck["vbd-5-51712"] = threading.Event()
