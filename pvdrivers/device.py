@@ -380,7 +380,7 @@ class Device(ABC):
         for step in steps:
             try:
                 step()
-            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
+            except (PvError, OSError) as e:  # the guest is gone, say: what cannot be undone is left behind
                 log.warning("%s: while disconnecting: %s", self.ident, e)
 
     def removed(self) -> None:  # noqa: B027 - most classes have nothing to do here
