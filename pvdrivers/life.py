@@ -21,13 +21,12 @@ from .pace import QUIET_SECONDS, Pace
 from .storage.locks import DrainingError
 from .troubles import Troubles
 from .xenbus import Action, BadState, Role, Step, XenbusState, adopt, step
+from .xs_wire import XenStoreError
 
 log = logging.getLogger("pvdrivers.device")
 
 S = XenbusState
-
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
-
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER, Action.RECONFIGURE}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
 _DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
@@ -203,7 +202,7 @@ class Life:
                 # The unchanged state is written again: that is how Linux tells a frontend of a new size.
                 self._stepped(ours, theirs, Step(ours, Action.SAY), None, None)
                 return self._owed is None
-            return self._start_refresh(ours)
+            return self._start_refresh()
         if action is Action.REJECT:
             self.fault(f"frontend went to {theirs.name} while the backend is in {ours.name}")
             return True
@@ -232,12 +231,13 @@ class Life:
 
         return self._do(self._handling.disconnect, dropped)
 
-    def _start_refresh(self, ours: XenbusState) -> bool:
-        wanted, self._refresh = self._refresh and self.connected, False
-        if not wanted:
+    def _start_refresh(self) -> bool:
+        if not (self._refresh and self.connected):
+            self._refresh = False
             return False
         self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
-        return self._do(self.device.refresh, partial(self._refreshed, ours))
+        self._refresh = False  # not before: if the store fails, it is done when that is back
+        return self._do(self.device.refresh, self._refreshed)
 
     # Jobs run elsewhere, and nothing else happens to this device meanwhile; then what follows on them
 
@@ -328,12 +328,12 @@ class Life:
             self._publish(ours, {}, S.Closing)
         self._fresh = False
 
-    def _refreshed(self, ours: XenbusState, keys: Publish | None, error: BaseException | None) -> None:
+    def _refreshed(self, keys: Publish | None, error: BaseException | None) -> None:
         if error is not None:
+            self._refresh |= isinstance(error, XenStoreError) and connection_lost(error)
             self.nodes.report(f"not refreshed: {error}")
         elif keys:
-            # The unchanged state is written again: that is how Linux tells a frontend of a new size.
-            self._publish(ours, keys, ours)
+            self._owed = {**(self._owed or {}), **keys}  # the device says it once; the look that follows writes it
         if error is None and "port" in self.troubles.now:
             self.troubles.over("port")
             self.nodes.clear_report()

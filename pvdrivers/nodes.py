@@ -129,7 +129,8 @@ class Nodes:
         return bool(set(keys) - _OWN_KEYS - self._published)
 
     def publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
-        """Write keys and then the state, in one transaction.
+        """Write keys and then the state, in one transaction. Without a state ours stays, and is written again if a key
+        was not what it is now: that is how Linux tells a frontend of a new size, as of a disk that was taken over.
 
         False, and nothing done, if our state is no longer `ours`: the toolstack may have written Closing, or
         removed the directory, which a write would bring back.
@@ -139,12 +140,14 @@ class Nodes:
         def write(tx: int) -> bool:
             if parse_state(store.read(path + "/state", tx)) is not ours:
                 return False
+            new = state
             for key, value in keys.items():
                 raw = value if isinstance(value, bytes) else str(value).encode()
                 if store.read(f"{path}/{key}", tx) != raw:
                     store.write(f"{path}/{key}", raw, tx)
-            if state is not None:
-                store.write(path + "/state", int(state), tx)
+                    new = ours if state is None else state
+            if new is not None:
+                store.write(path + "/state", int(new), tx)
             return True
 
         self._published |= keys.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pvdrivers.device import FrontKeys, NotRecoverable, Publish
+from pvdrivers.device import BackKeys, FrontKeys, NotRecoverable, Publish
 from pvdrivers.journal import Journal
 from pvdrivers.life import Life
 from pvdrivers.xenbus import XenbusState as S
@@ -123,3 +123,64 @@ def test_reconfigured_and_not_published(bed: Bed, monkeypatch: pytest.MonkeyPatc
     assert guest.state() == S.Connected, "it is not tried all the time"
     bed.control.pass_time(1)
     assert guest.state() == S.Reconfigured and guest.key("sectors") == "200"
+
+
+# A resize
+
+
+def resized(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> tuple[Guest, Life, Disk]:
+    """A connected disk that has another size now; as blkback's, its refresh() says so once."""
+    guest, life, disk = bed.connected()
+    disk.sectors, told = 200, [100]
+    refresh = disk.refresh
+
+    def once() -> Publish | None:
+        keys = refresh()
+        return keys if told and told.pop() != disk.sectors else None
+
+    monkeypatch.setattr(disk, "refresh", once)
+    return guest, life, disk
+
+
+def test_a_size_that_could_not_be_published(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest, life, disk = resized(bed, monkeypatch)
+    refuse(bed, monkeypatch, 2)
+    guest.guest.watch(guest.back + "/state", "w")
+    guest.guest.events()
+    life.refresh()
+    assert guest.key("sectors") == "100"
+    bed.control.pass_time(2)
+    guest.guest.read(guest.front + "/state")
+    assert guest.key("sectors") == "200" and len(guest.guest.events()) == 1, "the guest is told"
+    assert disk.calls == ["refresh"] and life.troubles.now == {} and guest.error() is None
+
+
+@pytest.mark.parametrize("at", ["the parameters", "refresh", "the new size"])
+def test_the_store_is_lost_at_a_resize(bed: Bed, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    guest, life, disk = resized(bed, monkeypatch)
+    read = BackKeys.read
+    if at == "the parameters":
+        monkeypatch.setattr(BackKeys, "read", lambda store, *_, **__: store.close() or store.read("/"))
+    elif at == "refresh":  # as netback's, which reads what the guest says
+        disk.troubles["refresh"] = [XenStoreError(errno.ECONNRESET, "READ", "/")]
+        disk.hold = lose(bed)
+    else:
+        disk.hold = lose(bed)
+    life.refresh()
+    assert bed.control.lost >= 1 and life.connected and guest.key("sectors") == "100"
+    monkeypatch.setattr(BackKeys, "read", read)
+    disk.hold = lambda what: None
+    bed.control._store = bed.served.client()
+    life.look()
+    assert guest.key("sectors") == "200" and guest.state() == S.Connected and guest.error() is None
+
+
+def test_a_size_that_changed_while_no_daemon_ran(bed: Bed) -> None:
+    guest, life, disk = left_behind(bed)
+    disk.sectors = 200
+    guest.guest.watch(guest.back + "/state", "w")
+    guest.guest.events()
+    life.look()
+    guest.guest.read(guest.front + "/state")
+    assert guest.key("sectors") == "200" and len(guest.guest.events()) == 1, "the guest is told"
+    assert guest.state() == S.Connected and disk.calls == ["advertise", "recover"]
