@@ -289,9 +289,9 @@ class Workers(Protocol):
         Raises PlatformError if a worker has ended.
         """
 
-    def notices(self) -> Sequence[tuple[Any, str, str]]:
+    def notices(self) -> Sequence[tuple[Any, str, str, int]]:
         """After alerts(): what an operator should hear while the Device goes on: the Device, a kind of trouble, a text,
-        which is empty if it is over."""
+        which is empty if it is over, and how often it has come up since the Device was connected."""
 
 
 @dataclass

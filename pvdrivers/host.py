@@ -177,9 +177,9 @@ class Host:
         for device, violation in alerts:
             if (life := self._life_of(device)) is not None:
                 life.fault(violation)
-        for device, kind, text in self.context.workers.notices():
+        for device, kind, text, times in self.context.workers.notices():
             if (life := self._life_of(device)) is not None:
-                life.notice(kind, text)
+                life.notice(kind, text, times)
                 if kind == "stalled":
                     life.refresh()  # its class has something to tell the guest
 

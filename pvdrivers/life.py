@@ -123,10 +123,10 @@ class Life:
         self._fault = why
         self.look()  # does nothing if it is gone
 
-    def notice(self, kind: str, text: str) -> None:
+    def notice(self, kind: str, text: str, times: int = 1) -> None:
         """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
         before = self.troubles.now.get(kind)
-        self.troubles.notice(kind, text)
+        self.troubles.notice(kind, text, times)
         if kind == "port" and text:
             self.nodes.report(text, logged=True)
         elif before is not None and self.nodes.reported == before:

@@ -385,7 +385,7 @@ class WorkerPool:
                 raise PlatformError(worker.failed)
         return found
 
-    def notices(self) -> Sequence[tuple[Any, str, str]]:
+    def notices(self) -> Sequence[tuple[Any, str, str, int]]:
         """What happened to devices that go on, since the last call, and what is over (see Notices)."""
         return list(self._notices.look([ring for worker in self.workers for ring in worker.attached()]))
 
