@@ -55,8 +55,8 @@ def test_directories_that_are_no_devices(yard: Yard, caplog: pytest.LogCaptureFi
     connect(guest)
     assert caplog.text.count("not below /local/domain/7") == 1
     # Once the toolstack has put it right, it is served.
+    yard.dom0.write("/local/domain/7/device/vbd/1/state", 1)  # first, or it would be what a domain that is gone left
     yard.dom0.write(f"{top}/7/1/frontend", "/local/domain/7/device/vbd/1")
-    yard.dom0.write("/local/domain/7/device/vbd/1/state", 1)
     until(lambda: yard.dom0.read(f"{top}/7/1/state") == b"2")
 
 
