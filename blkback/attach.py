@@ -139,15 +139,15 @@ def _recover(device: BlkBackend, state: QueueState, q: int) -> list[int]:
 def detach_queue(state: QueueState) -> None:
     """Have the worker stop with this ring, its I/O finished."""
     assert state.handle is not None
+    state.last = np.array([state.handle.record])  # its place is another disk's as soon as it is detached
     state.worker.detach(state.handle)
-    state.detached = True
 
 
 def drop_grants(state: QueueState) -> None:
     """Unmap what the ring kept mapped. The worker no longer serves it."""
-    if state.handle is not None and int(state.handle.record["cache"]):
+    if state.last is not None and int(state.last[0]["cache"]):
         ops = np.zeros(PERSISTENT_BOUND, GRANT_OP)
-        drop_cache(state.worker.address, state.handle.address, FOREVER, ops.ctypes.data, len(ops))
+        drop_cache(state.worker.address, state.last.ctypes.data, FOREVER, ops.ctypes.data, len(ops))
 
 
 def warm() -> None:

@@ -347,7 +347,8 @@ class QueueState:
     mapping: Any = None
     port: int = -1
     handle: RingHandle | None = None
-    detached: bool = False
+    last: np.ndarray | None = None
+    """The RING as it was when it was detached."""
     keep: list[Any] = field(default_factory=list)
 
 

@@ -251,8 +251,9 @@ class BackKeys(_Keys):
         return BackKeys(self.device, self._values, f"{self._prefix}{name}/")
 
     @classmethod
-    def read(cls, store: XenStore, device: DeviceId) -> BackKeys:
-        """The whole directory at one moment (it is ours and the toolstack's: trusted, and small)."""
+    def read(cls, store: XenStore, device: DeviceId, *, wait: bool = True) -> BackKeys:
+        """The whole directory at one moment (it is ours and the toolstack's: trusted, and small). The control thread
+        has wait=False, see XenStoreClient.transaction()."""
 
         def snapshot(tx: int) -> dict[str, bytes]:
             values: dict[str, bytes] = {}
@@ -266,7 +267,7 @@ class BackKeys(_Keys):
                         todo.append(path)
             return values
 
-        return cls(device, store.transaction(snapshot))
+        return cls(device, store.transaction(snapshot, wait=wait))
 
 
 class Workers(Protocol):
@@ -288,9 +289,9 @@ class Workers(Protocol):
         Raises PlatformError if a worker has ended.
         """
 
-    def notices(self) -> Sequence[tuple[Any, str, str]]:
+    def notices(self) -> Sequence[tuple[Any, str, str, int]]:
         """After alerts(): what an operator should hear while the Device goes on: the Device, a kind of trouble, a text,
-        which is empty if it is over."""
+        which is empty if it is over, and how often it has come up since the Device was connected."""
 
 
 @dataclass
@@ -379,7 +380,7 @@ class Device(ABC):
         for step in steps:
             try:
                 step()
-            except PvError as e:  # the guest is gone, say: what cannot be undone is left behind
+            except (PvError, OSError) as e:  # the guest is gone, say: what cannot be undone is left behind
                 log.warning("%s: while disconnecting: %s", self.ident, e)
 
     def removed(self) -> None:  # noqa: B027 - most classes have nothing to do here

@@ -6,8 +6,9 @@ refresh() may be called from a handler.
 
 What a SIGTERM does. Every device finishes what is in flight, is unmapped and unbound, and stays Connected in
 the store, so that the next process takes it over and the guest only sees a pause. A device that is being
-closed or unplugged stays in its state likewise, and the next process closes it. Nothing is closed because a
-process ends: a guest could not get a disk with a mounted file system back.
+closed or unplugged stays in its state likewise, and the next process takes it over, too: it is served until its
+guest lets go of it. Nothing is closed because a process ends: a guest could not get a disk with a mounted file
+system back.
 """
 
 from __future__ import annotations
@@ -176,9 +177,9 @@ class Host:
         for device, violation in alerts:
             if (life := self._life_of(device)) is not None:
                 life.fault(violation)
-        for device, kind, text in self.context.workers.notices():
+        for device, kind, text, times in self.context.workers.notices():
             if (life := self._life_of(device)) is not None:
-                life.notice(kind, text)
+                life.notice(kind, text, times)
                 if kind == "stalled":
                     life.refresh()  # its class has something to tell the guest
 

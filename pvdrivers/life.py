@@ -21,14 +21,13 @@ from .pace import QUIET_SECONDS, Pace
 from .storage.locks import DrainingError
 from .troubles import Troubles
 from .xenbus import Action, BadState, Role, Step, XenbusState, adopt, step
+from .xs_wire import XenStoreError
 
 log = logging.getLogger("pvdrivers.device")
 
 S = XenbusState
-
 _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
-
-_COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER}
+_COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER, Action.RECONFIGURE}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
 _DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
@@ -52,14 +51,11 @@ class Life:
         self._fresh = True  # nothing done yet: what is in the store is a predecessor's
         self._before: XenbusState | None = None
         self._busy = False  # a job is under way
-        self._looking = False
-        self._again = False
-        self._paused = False
+        self._looking = self._again = self._paused = self._ended = self._refresh = False
         self._ending: Callable[[], None] | None = None
-        self._ended = False
         self._fault: str | None = None
         self._bad = ""
-        self._refresh = False
+        self._owed: Publish | None = None  # of the connection that there is: still to be written
         self._pace = Pace(control, self.look)
 
     @property
@@ -119,9 +115,7 @@ class Life:
         """The guest did what no honest guest does: the device closes, and may connect anew."""
         self.violations += 1
         text = str(ProtocolViolation(self.ident.domid, str(self.ident), violation))
-        # Once in full, then ever more rarely: a guest must not be able to fill a disk with our log.
-        if self.violations & (self.violations - 1) == 0:
-            log.warning("%s%s", text, f" ({self.violations} so far)" if self.violations > 1 else "")
+        self.troubles.violated(text, self.violations)
         self.drop(text)
 
     def drop(self, why: str) -> None:
@@ -129,10 +123,10 @@ class Life:
         self._fault = why
         self.look()  # does nothing if it is gone
 
-    def notice(self, kind: str, text: str) -> None:
+    def notice(self, kind: str, text: str, times: int = 1) -> None:
         """What the workers say: trouble of this kind, or that it is over. A port that is gone is an error as well."""
         before = self.troubles.now.get(kind)
-        self.troubles.notice(kind, text)
+        self.troubles.notice(kind, text, times)
         if kind == "port" and text:
             self.nodes.report(text, logged=True)
         elif before is not None and self.nodes.reported == before:
@@ -204,7 +198,11 @@ class Life:
         action = wanted.action
         if action is Action.NOTHING:
             self._fresh = False
-            return self._start_refresh(ours)
+            if self._owed is not None and self.connected:
+                # The unchanged state is written again: that is how Linux tells a frontend of a new size.
+                self._stepped(ours, theirs, Step(ours, Action.SAY), None, None)
+                return self._owed is None
+            return self._start_refresh()
         if action is Action.REJECT:
             self.fault(f"frontend went to {theirs.name} while the backend is in {ours.name}")
             return True
@@ -216,14 +214,9 @@ class Life:
             return self._do(self._handling.disconnect, partial(self._closed, ours, wanted.state))
         if action is Action.REMOVE:
             return self._do(self._handling.remove, partial(self._removed, ours, wanted.state))
-        self.device.params = BackKeys.read(self._control.store, self.ident)
-        job: Callable[[], Any]
-        if action is Action.RECONFIGURE:
-            job = self.device.refresh
-        elif action is Action.ADVERTISE:
-            job = self._handling.advertise
-        else:
-            job = partial(self._handling.connect, action is Action.RECOVER)
+        self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
+        jobs = {Action.RECONFIGURE: self.device.refresh, Action.ADVERTISE: self._handling.advertise}
+        job = jobs.get(action, partial(self._handling.connect, action is Action.RECOVER))
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
 
     def _drop(self, ours: XenbusState, why: str) -> bool:
@@ -238,12 +231,13 @@ class Life:
 
         return self._do(self._handling.disconnect, dropped)
 
-    def _start_refresh(self, ours: XenbusState) -> bool:
-        wanted, self._refresh = self._refresh and self.connected, False
-        if not wanted:
+    def _start_refresh(self) -> bool:
+        if not (self._refresh and self.connected):
+            self._refresh = False
             return False
-        self.device.params = BackKeys.read(self._control.store, self.ident)
-        return self._do(self.device.refresh, partial(self._refreshed, ours))
+        self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
+        self._refresh = False  # not before: if the store fails, it is done when that is back
+        return self._do(self.device.refresh, self._refreshed)
 
     # Jobs run elsewhere, and nothing else happens to this device meanwhile; then what follows on them
 
@@ -278,9 +272,12 @@ class Life:
     ) -> None:
         recovered, published = wanted.action is Action.RECOVER, False
         if error is None:
-            keys = dict(keys or {})
+            keys = {**(self._owed or {}), **(keys or {})}
             if wanted.action is Action.ADVERTISE:
                 keys.setdefault("hotplug-status", "connected")
+            if wanted.action in (Action.RECOVER, Action.RECONFIGURE):
+                # Its rings are in use now, and are not to be taken over from ourselves: that would drop them.
+                self._fresh, self._owed = False, keys
             try:
                 published = self._publish(ours, keys, None if recovered else wanted.state)
             except OSError as e:
@@ -293,9 +290,12 @@ class Life:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
         self.nodes.clear_report()
-        self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if wanted.action in _COSTLY else ()))
+        rings = wanted.action in _COSTLY - {Action.RECONFIGURE}
+        self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if rings else ()))
         if published:
-            self._note("taken over from a process that ended" if recovered else wanted.state.name)
+            self._owed = None
+            if wanted.action is not Action.SAY:
+                self._note("taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
         self._before = theirs
         self._control.changed(self)
@@ -328,12 +328,12 @@ class Life:
             self._publish(ours, {}, S.Closing)
         self._fresh = False
 
-    def _refreshed(self, ours: XenbusState, keys: Publish | None, error: BaseException | None) -> None:
+    def _refreshed(self, keys: Publish | None, error: BaseException | None) -> None:
         if error is not None:
+            self._refresh |= isinstance(error, XenStoreError) and connection_lost(error)
             self.nodes.report(f"not refreshed: {error}")
         elif keys:
-            # The unchanged state is written again: that is how Linux tells a frontend of a new size.
-            self._publish(ours, keys, ours)
+            self._owed = {**(self._owed or {}), **keys}  # the device says it once; the look that follows writes it
         if error is None and "port" in self.troubles.now:
             self.troubles.over("port")
             self.nodes.clear_report()

@@ -1,7 +1,8 @@
 """A device's nodes in the store: reading both states, publishing, and telling of errors where others look.
 
-Every method may raise OSError from the connection to the store. In a driver domain we see of a guest only what it or
-the toolstack lets us: a node that we may not read is as good as none, and a home that we may not read is one.
+Every method may raise OSError from the connection to the store. All of them are called on the control thread, which
+waits for no other's transaction (wait=False). In a driver domain we see of a guest only what it or the toolstack lets
+us: a node that we may not read is as good as none, and a home that we may not read is one.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class Nodes:
         return bool(set(keys) - _OWN_KEYS - self._published)
 
     def publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
-        """Write keys and then the state, in one transaction.
+        """Write keys and then the state, in one transaction. Without a state ours stays, and is written again if a key
+        was not what it is now: that is how Linux tells a frontend of a new size, as of a disk that was taken over.
 
         False, and nothing done, if our state is no longer `ours`: the toolstack may have written Closing, or
         removed the directory, which a write would bring back.
@@ -138,16 +140,18 @@ class Nodes:
         def write(tx: int) -> bool:
             if parse_state(store.read(path + "/state", tx)) is not ours:
                 return False
+            new = state
             for key, value in keys.items():
                 raw = value if isinstance(value, bytes) else str(value).encode()
                 if store.read(f"{path}/{key}", tx) != raw:
                     store.write(f"{path}/{key}", raw, tx)
-            if state is not None:
-                store.write(path + "/state", int(state), tx)
+                    new = ours if state is None else state
+            if new is not None:
+                store.write(path + "/state", int(new), tx)
             return True
 
         self._published |= keys.keys()
-        return bool(store.transaction(write))
+        return bool(store.transaction(write, wait=False))
 
     def leave(self, state: XenbusState) -> bool:
         """Our last word, whatever the toolstack has written meanwhile: it waits for this.
@@ -162,7 +166,7 @@ class Nodes:
             store.write(path, int(state), tx)
             return True
 
-        return bool(store.transaction(write))
+        return bool(store.transaction(write, wait=False))
 
     def report(self, text: str, *, hotplug: bool = False, logged: bool = False) -> None:
         """Tell the operator, once for each text: in the log, where Linux does, and to libxl if `hotplug`."""
@@ -223,7 +227,7 @@ class Nodes:
                 store.rm(path, tx)
 
         try:
-            store.transaction(remove)
+            store.transaction(remove, wait=False)
         except OSError as e:
             if connection_lost(e):
                 raise

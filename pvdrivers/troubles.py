@@ -56,7 +56,9 @@ class Troubles:
         self._control = control
         self._states = 0  # how many the device has been in
         self._changed = changed
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # texts of ours: what a guest has a part in goes by notice()
+        self._times: dict[str, tuple[int, int]] = {}  # of each kind: in all, and on the rings that there are
+        self._loud: set[str] = set()  # what the log has heard the beginning of
 
     def add(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """There is trouble of this kind. The log hears of each text once."""
@@ -74,18 +76,35 @@ class Troubles:
         if any([self.now.pop(kind, None) is not None for kind in kinds]):
             self._changed()
 
-    def notice(self, kind: str, text: str) -> None:
-        """What the workers say: trouble of this kind, or that it is over. The log hears of the end as well."""
-        count = self.counts.get(kind, 0) + (1 if text else 0)
-        rare = count & (count - 1) == 0  # then ever more rarely: a guest must not be able to fill a disk with our log
-        if text:
-            if rare:
-                self._told.discard(text)
-            self.add(kind, text)
-        elif kind in self.now:
-            self.over(kind)
-            if rare:
-                log.info("%s: %s", self._name, _OVER[kind])
+    def notice(self, kind: str, text: str, times: int = 1) -> None:
+        """What the workers say: trouble of this kind, which has come up so many `times` since the device was connected,
+        or that it is over. The log hears of the end as well.
+
+        It hears of the first, and then ever more rarely, whatever the words and however often the guest connects anew:
+        a guest must not be able to fill a disk with our log.
+        """
+        if not text:
+            if kind in self.now:
+                self.over(kind)
+                if kind in self._loud:
+                    log.info("%s: %s", self._name, _OVER[kind])
+        elif self.now.get(kind) != text:
+            before, seen = self._times.get(kind, (0, 0))
+            total = before + (times - seen if times > seen else times)  # no more than before: it counts anew
+            self._times[kind] = total, times
+            self.now[kind] = text
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            if total.bit_length() > before.bit_length():
+                self._loud.add(kind)
+                log.warning("%s: %s%s", self._name, text, f" ({total} so far)" if total > times > 0 else "")
+            else:
+                self._loud.discard(kind)
+            self._changed()
+
+    def violated(self, text: str, count: int) -> None:
+        """The guest broke the protocol, for the `count`-th time: told in full, and then ever more rarely, as above."""
+        if count & (count - 1) == 0:
+            log.warning("%s%s", text, f" ({count} so far)" if count > 1 else "")
 
     def went(self, state: XenbusState) -> None:
         """The device is in this state from now on."""

@@ -149,6 +149,21 @@ _ADOPT_NOTES = """\
 * Closing is taken over as well: the guest may be waiting for requests before it closes. After a fault there
   is nothing to take over, the device says so, and the frontend's Closed is waited for."""
 
+_ADOPT_OFFLINE = """
+ R0 R0 R0 R0 R0 R0 R0 R0 R0
+ R6 R6 R6 S5 S5 S5 R6 S5 S5
+ R6 R6 R6 S5 S5 S5 R6 S5 S5
+ R6 R6 R6 S5 S5 S5 R6 S5 S5
+ R6 R6 R6 V4 V4 V4 R6 V4 V4
+ R6 R6 R6 V5 V5 V5 R6 V5 V5
+ R6 R6 R6 R6 R6 R6 R6 R6 R6
+ R6 R6 R6 V7 V7 V7 R6 V7 V7
+ R6 R6 R6 V8 V8 V8 R6 V8 V8
+"""
+_ADOPT_OFFLINE_NOTES = """\
+* A disk that the guest has mounted, and does not let go of (Linux before 5.15), is served until it does: for
+  as long as it takes, and by whoever comes next. What is said to the frontend follows from the second look."""
+
 _FRONT = """
  .  .  .  .  .  .  .  .  .
  .  .  A3 A3 S5 X6 .  S5 S5
@@ -205,6 +220,9 @@ TABLE = {
 ADOPT = _parse(_ADOPT)
 """The backend's first look at a device that a process before it may have served."""
 
+ADOPT_OFFLINE = _parse(_ADOPT_OFFLINE)
+"""The same, of a device that is not to stay."""
+
 
 def step(
     role: Role,
@@ -227,7 +245,7 @@ def step(
 
 def adopt(ours: XenbusState, theirs: XenbusState, online: bool = True) -> Step:
     """What a backend that has just started does about a device it finds in state `ours`."""
-    return (ADOPT if online else TABLE[Role.BACK, False])[ours, theirs]
+    return (ADOPT if online else ADOPT_OFFLINE)[ours, theirs]
 
 
 def markdown() -> str:
@@ -243,6 +261,7 @@ def markdown() -> str:
         ("Backend", TABLE[Role.BACK, True], _BACK_NOTES),
         ("Backend, offline", TABLE[Role.BACK, False], _BACK_OFFLINE_NOTES),
         ("Backend, first look", ADOPT, _ADOPT_NOTES),
+        ("Backend, first look, offline", ADOPT_OFFLINE, _ADOPT_OFFLINE_NOTES),
         ("Frontend", TABLE[Role.FRONT, True], _FRONT_NOTES),
         ("Frontend, offline", TABLE[Role.FRONT, False], _FRONT_OFFLINE_NOTES),
     ):

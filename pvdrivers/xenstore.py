@@ -18,6 +18,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -51,6 +52,7 @@ class XenStoreClient(DomainRequests, Closing):
         self.timeout = timeout
         """Seconds to wait for a reply before the connection is given up."""
         self._lock = threading.RLock()
+        self._turn = threading.RLock()  # taken before _lock, if at all
         self._buffer = bytearray()
         self._events: collections.deque[tuple[str, str]] = collections.deque()
         self._req_id = 0
@@ -334,30 +336,35 @@ class XenStoreClient(DomainRequests, Closing):
         """Commits or discards. XenStoreError(EAGAIN): somebody changed what it used; nothing was done."""
         self._talk(wire.XS_TRANSACTION_END, b"T\0" if commit else b"F\0", tx=tx)
 
-    def transaction(self, fn: Callable[[int], T], *, tries: int = 64) -> T:
+    def transaction(self, fn: Callable[[int], T], *, tries: int = 64, wait: bool = True) -> T:
         """Runs fn(tx) in a transaction, commits, and returns what fn returned.
 
         Begins again after a conflict, `tries` times at most, then raises XenStoreError(EAGAIN); so fn may run
         more than once. Whatever fn raises discards the transaction and is passed on.
+
+        Of those of several threads one is open at a time, as xenstored lets a domain other than dom0 have ten. With
+        wait=False it is opened beside them: for one thread that must not wait for what a guest makes long.
         """
         for attempt in range(tries):
             if attempt:
                 # Two sides that begin again in step would conflict again.
                 time.sleep(random.uniform(0.0, min(0.05, 0.0005 * 2 ** min(attempt, 7))))
-            tx = self.transaction_start()
-            try:
-                result = fn(tx)
-            except BaseException:
-                if not self._broken:
-                    self.transaction_end(tx, commit=False)
-                raise
-            try:
-                self.transaction_end(tx)
-                return result
-            except XenStoreError as e:
-                if e.errno != errno.EAGAIN:
+            with self._turn if wait else nullcontext():
+                tx = self.transaction_start()
+                try:
+                    result = fn(tx)
+                except BaseException:
+                    if not self._broken:
+                        self.transaction_end(tx, commit=False)
                     raise
+                try:
+                    self.transaction_end(tx)
+                    return result
+                except XenStoreError as e:
+                    if e.errno != errno.EAGAIN:
+                        raise
         raise XenStoreError(errno.EAGAIN, "TRANSACTION_END", "", f"{tries} tries, and each met a conflict")
+
 
 def default_path(environ: Mapping[str, str] = os.environ) -> str:
     """Where libxenstore looks: $XENSTORED_PATH, the socket's usual place, the kernel's device."""

@@ -282,18 +282,19 @@ class Worker:
         self.ring_doorbell()
 
     def drop(self, handle: RingHandle) -> None:
-        """Forget a ring that the worker does not serve: never attached, or detached."""
+        """Forget a ring that is not served: never attached, or detached. Once only: its place may be another's."""
         with self._lock:
-            self._ports[handle.port : handle.port + 1] = -1  # none, if it has no port
-            self._handles.pop(handle.index, None)
-            store_word(handle.address, RING_FREE)
+            if self._handles.get(handle.index) is handle:
+                self._ports[handle.port : handle.port + 1] = -1  # none, if it has no port
+                del self._handles[handle.index]
+                store_word(handle.address, RING_FREE)
 
     def detach(self, handle: RingHandle, timeout: float | None = None) -> bool:
         """Stop taking requests, wait until nothing is in flight, and drop the ring. False if the time was over."""
         deadline = None if timeout is None else time.monotonic() + timeout
         address = handle.address
         pause = 0.0002
-        while True:
+        while self._handles.get(handle.index) is handle:
             state = load_word(address)
             if state == RING_DETACHED or state == RING_FREE or self.failed or self._thread is None:
                 break
@@ -384,7 +385,7 @@ class WorkerPool:
                 raise PlatformError(worker.failed)
         return found
 
-    def notices(self) -> Sequence[tuple[Any, str, str]]:
+    def notices(self) -> Sequence[tuple[Any, str, str, int]]:
         """What happened to devices that go on, since the last call, and what is over (see Notices)."""
         return list(self._notices.look([ring for worker in self.workers for ring in worker.attached()]))
 

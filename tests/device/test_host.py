@@ -55,8 +55,8 @@ def test_directories_that_are_no_devices(yard: Yard, caplog: pytest.LogCaptureFi
     connect(guest)
     assert caplog.text.count("not below /local/domain/7") == 1
     # Once the toolstack has put it right, it is served.
+    yard.dom0.write("/local/domain/7/device/vbd/1/state", 1)  # first, or it would be what a domain that is gone left
     yard.dom0.write(f"{top}/7/1/frontend", "/local/domain/7/device/vbd/1")
-    yard.dom0.write("/local/domain/7/device/vbd/1/state", 1)
     until(lambda: yard.dom0.read(f"{top}/7/1/state") == b"2")
 
 
@@ -94,6 +94,23 @@ def test_one_process_follows_another(yard: Yard) -> None:
     for disk in second.disks.values():
         assert disk.calls == ["advertise", "recover"]
     assert [guest.state() for guest in guests] == [S.Connected, S.Connected]
+
+
+def test_a_disk_that_is_being_unplugged_has_a_follower_too(yard: Yard) -> None:
+    first = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    guest.unplug()  # and the guest has it mounted
+    until(lambda: guest.state() == S.Closing)
+    first.host.stop()
+    first.thread.join(10)
+    second = yard.daemon()
+    until(lambda: second.host.lives["vbd", 5, 51712].connected)
+    disk = second.disks["vbd-5-51712"]
+    assert disk.calls == ["advertise", "recover"] and guest.state() == S.Closing
+    guest.say(S.Closed)
+    until(lambda: guest.state() == S.Closed)
+    assert disk.calls[2:] == ["disconnect", "removed"]
 
 
 def test_one_stuck_disk(yard: Yard) -> None:

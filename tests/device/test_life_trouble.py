@@ -204,6 +204,35 @@ def test_closing_is_taken_over_too(bed: Bed) -> None:
     assert guest.state() == S.Closed and disk.calls == ["advertise", "recover", "disconnect"]
 
 
+@pytest.mark.parametrize("backend", [S.Connected, S.Closing], ids=str)
+@pytest.mark.parametrize("frontend", [S.Connected, S.Closing], ids=str)
+def test_what_is_being_unplugged_is_taken_over_too(bed: Bed, backend: S, frontend: S) -> None:
+    """A mounted disk, say, that its guest does not let go of: it goes on, and goes when the guest does."""
+    _left_behind(bed, backend, frontend)
+    guest = bed.guest()
+    bed.dom0.write(guest.back + "/online", 0)
+    life, disk = bed.life(guest)
+    life.look()
+    assert life.connected and disk.calls == ["advertise", "recover"] and guest.state() == S.Closing
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    assert disk.calls == ["advertise", "recover", "disconnect", "removed"]
+    assert life.gone and guest.state() == S.Closed
+
+
+def test_what_is_being_unplugged_and_cannot_be_taken_over(bed: Bed) -> None:
+    _left_behind(bed)
+    guest = bed.guest()
+    bed.dom0.write(guest.back + "/online", 0)
+    life, disk = bed.life(guest)
+    disk.troubles["recover"] = [NotRecoverable("no journal")]
+    life.look()
+    assert guest.state() == S.Closing and not life.connected and disk.calls == ["advertise", "recover"]
+    guest.say(S.Closed)
+    life.handle_frontend_change()
+    assert life.gone and guest.state() == S.Closed and disk.calls == ["advertise", "recover", "removed"]
+
+
 def test_a_frontend_that_restarted_meanwhile_is_offered_the_device(bed: Bed) -> None:
     _left_behind(bed, frontend=S.Initialising)
     guest = bed.guest()

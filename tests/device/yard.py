@@ -28,7 +28,7 @@ class Pool:
     def __init__(self) -> None:
         self.alert_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.found: list[tuple[Any, str]] = []
-        self.said: list[tuple[Any, str]] = []
+        self.said: list[tuple[Any, str, str, int]] = []
         self.failed = ""
 
     def start(self) -> None: ...
@@ -43,7 +43,7 @@ class Pool:
         found, self.found = self.found, []
         return found
 
-    def notices(self) -> list[tuple[Any, str, str]]:
+    def notices(self) -> list[tuple[Any, str, str, int]]:
         said, self.said = self.said, []
         return said
 

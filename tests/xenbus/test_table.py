@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvdrivers import xenbus
-from pvdrivers.xenbus import ADOPT, TABLE, Action, BadState, Role, Step, XenbusState, adopt, parse_state, step
+from pvdrivers.xenbus import (
+    ADOPT,
+    ADOPT_OFFLINE,
+    TABLE,
+    Action,
+    BadState,
+    Role,
+    Step,
+    XenbusState,
+    adopt,
+    parse_state,
+    step,
+)
 
 S = XenbusState
 A = Action
@@ -22,7 +34,7 @@ ACTIVE = {S.Initialised, S.Connected}
 @pytest.mark.parametrize("online", [True, False])
 def test_every_pair_is_defined(role: Role, online: bool) -> None:
     assert set(TABLE[role, online]) == set(ALL)
-    assert set(ADOPT) == set(ALL)
+    assert set(ADOPT) == set(ADOPT_OFFLINE) == set(ALL)
     for ours, theirs in ALL:
         found = step(role, ours, theirs, online)
         assert isinstance(found, Step)
@@ -97,6 +109,18 @@ def test_rings_are_only_used_of_a_frontend_that_has_published_them() -> None:
             assert found.state is ours, "the guest must not notice"
             assert theirs not in (S.Unknown, S.Initialising, S.InitWait, S.Closed)
         assert (found.action is A.RECOVER) <= (ours in (S.Connected, S.Closing, S.Reconfiguring, S.Reconfigured))
+
+
+def test_an_unplugged_device_is_taken_over_as_any_other() -> None:
+    """Its guest may have it mounted, and waits for answers."""
+    for ours, theirs in ALL:
+        found, stays = adopt(ours, theirs, online=False), adopt(ours, theirs)
+        if A.RECOVER in (found.action, stays.action):
+            assert found == stays
+            after = step(Role.BACK, ours, theirs, online=False)
+            assert after == (S.Closing, A.NOTHING if ours is S.Closing else A.SAY), "the second look asks it to stop"
+        else:
+            assert found == step(Role.BACK, ours, theirs, online=False)
 
 
 def test_who_leaves_drops_the_rings() -> None:
