@@ -219,7 +219,7 @@ class Life:
         self.device.params = BackKeys.read(self._control.store, self.ident)
         job: Callable[[], Any]
         if action is Action.RECONFIGURE:
-            job = self.device.refresh
+            job = self.device.reconfigure
         elif action is Action.ADVERTISE:
             job = self._handling.advertise
         else:
