@@ -137,11 +137,12 @@ class Tap:
         """Take the TAP away. The vif stays."""
         self._ended = True
         self.vif.on_carrier.remove(self._set_carrier)
-        for queue in self.vif.queues:
+        queues = list(self.vif.queues)  # a connection made meanwhile may have others
+        for queue in queues:
             queue.interrupt()
         for thread in self._threads:
             thread.join()
-        for queue in self.vif.queues:
+        for queue in queues:
             queue.go_on()
         for fd in self._fds:
             os.close(fd)

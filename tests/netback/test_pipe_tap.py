@@ -1,8 +1,9 @@
-"""netfront's TAP: what it leaves to the backend, and what it loses."""
+"""netfront's TAP: what it leaves to the backend, what it loses, and that others get at its queue all the same."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,15 +14,16 @@ import pytest
 from pvdrivers.frontends import netfront_keys as keys
 from pvdrivers.frontends import netfront_tap
 from pvdrivers.frontends.netfront import CSUM_BLANK, CSUM_NONE, Frame, Netfront
-from pvdrivers.frontends.netfront_keys import Offer
+from pvdrivers.frontends.netfront_keys import Offer, Wishes
 from pvdrivers.interfaces import TSO4, TSO6, TSO_ECN, TUN_CSUM
 from rings.netif import GSO_TCPV4, KEY_NO_CSUM, KEY_RX_COPY
 
-from .conftest import until
+from .conftest import Guest, until
 from .packets import tcp
 from .pipe_tap import PipeTap
 from .test_port_in import inner
 
+A, B = b"\x01\0\x5e\0\0\1", b"\x33\x33\0\0\0\1"
 daemon_serves = pytest.mark.jit_only("a real daemon serves")
 SEGMENTS = {"sg": True, "gso4": True, "gso6": True}
 
@@ -64,6 +66,42 @@ def test_a_backend_that_takes_no_blank_checksum() -> None:
     assert keys.read_offer(there.get).csum4
     there[KEY_NO_CSUM] = b"1"
     assert not keys.read_offer(there.get).csum4
+
+
+@daemon_serves
+def test_groups_are_joined_while_a_tap_carries_the_queue(net: Any, offloads: list[int]) -> None:
+    """Whose pump has the queue's locks; and with a new connection, before anybody hears that it is there."""
+    a, b = net.guest(), net.guest(wishes=Wishes(multicast=True))
+    with tap_of(b.vif) as tap:
+        for amend, group in ((b.vif.groups.join, A), (b.vif.groups.join, B), (b.vif.groups.leave, B)):
+            thread = threading.Thread(target=amend, args=(group,), kwargs={"timeout": 5}, daemon=True)
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive(), "it waits for the pump, which does not end"
+        assert b.vif.groups.joined == {A}
+        a.vif.send(a.frame(A))
+        assert tap.receive() == a.frame(A)
+        net.dom0.store.write(f"{b.backend}/state", 5)
+        until(lambda: b.vif.connections == 2 and b.vif.state == 4)
+        until(lambda: _carries(a, b, tap))
+        a.vif.send(a.frame(B))
+        a.vif.send(a.frame(A, b"again"))
+        assert tap.receive() == a.frame(A, b"again")
+        tap.send(b.frame(a, b"and out"))
+        assert a.vif.receive(5) == b.frame(a, b"and out")
+    b.vif.groups.leave(A, timeout=5)
+    assert int(b.vif.queues[0].record[0]["stop"]) == 0
+
+
+def _carries(a: Guest, b: Guest, tap: PipeTap) -> bool:
+    a.vif.send(a.frame(b, b"there"))
+    tap.there.settimeout(0.2)
+    try:
+        return tap.receive() == a.frame(b, b"there")
+    except TimeoutError:
+        return False
+    finally:
+        tap.there.settimeout(5)
 
 
 @daemon_serves
