@@ -237,19 +237,24 @@ class VifBackend(Device):
         self.counters.queues[0]["violations"] = violations
 
     def refresh(self) -> Publish | None:
-        """What has changed: the toolstack's rate, MTU, link and time-outs; the guest's headroom (Reconfiguring, and
-        nothing else that it might be for, as in Linux) and its wish for a filter; whether it has stalled. If what is on
-        the other side is gone, it is made again."""
-        store = self.context.platform.store
-        store_word(self.port.address + HEADROOM_AT, headroom_of(FrontKeys.read(store, self.ident)))
+        """What has changed: the toolstack's rate, MTU, link and time-outs; the guest's wish for a filter; whether it
+        has stalled. If what is on the other side is gone, it is made again. Nothing that a guest has written fails
+        this."""
         apply(self.port, live_of(self.params))
         if self.groups_known:
-            self.port.record[0]["filters"] = wants_filter(store, self.ident)
+            self.port.record[0]["filters"] = wants_filter(self.context.platform.store, self.ident)
         if self.switch is not None:
             for worker in self._workers():
                 worker.ring_doorbell()  # who waits for a slow rate waits for another now
         self.other_side.make_again()
         return carrier(self.port)
+
+    def reconfigure(self) -> Publish | None:
+        """The same, and then the guest's headroom: Reconfiguring is for nothing else, as in Linux."""
+        keys = self.refresh()
+        said = FrontKeys.read(self.context.platform.store, self.ident)
+        store_word(self.port.address + HEADROOM_AT, headroom_of(said))
+        return keys
 
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""

@@ -11,13 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from rings.atomics import copy_bytes, i64, load8, store8, store16
-from rings.frame import checksum_at, ip_at, l4_at, version_of
+from rings.frame import checksum_at, ip_at, l4_at, ones_sum, version_of
 from rings.jit import inline, kernel
 from rings.netif import GSO_TCPV4, GSO_TCPV6
 
-from .frame import ones_sum
-
-_TCP, _TCP_HEADER, _IPV6_HEADER = 6, 20, 40
+_TCP, _UDP, _TCP_HEADER, _IPV6_HEADER = 6, 17, 20, 40
 _FIN_PSH, _CWR = 0x09, 0x80
 
 
@@ -69,9 +67,9 @@ def _put_lengths(out: int, found: int, l4_size: int, k: int) -> None:
 
 
 @inline
-def _pseudo_header(out: int, found: int, l4_size: int) -> int:
+def _pseudo_header(out: int, found: int, l4_size: int, protocol: int) -> int:
     """The sum of RFC 9293 and RFC 8200 over addresses, protocol and length; in the order of memory."""
-    start = i64(_TCP << 8) + (l4_size >> 8 & 0xFF) + ((l4_size & 0xFF) << 8)
+    start = i64(protocol << 8) + (l4_size >> 8 & 0xFF) + ((l4_size & 0xFF) << 8)
     ip = out + ip_at(found)
     return ones_sum(ip + 12, 8, start) if version_of(found) == 4 else ones_sum(ip + 8, 32, start)
 
@@ -98,9 +96,18 @@ def put_segment(out: int, data: int, size: int, found: int, header: int, gso_siz
     if k > 0:
         flags &= ~_CWR
     store8(out + l4 + 13, np.uint8(flags & 0xFF))
-    total = i64(_pseudo_header(out, found, l4_size))
+    total = i64(_pseudo_header(out, found, l4_size, _TCP))
     if blank == 0:
         store16(out + l4 + 16, np.uint16(0))
         total = ones_sum(out + l4, l4_size, total) ^ 0xFFFF
     store16(out + l4 + 16, np.uint16(total))
     return header + n
+
+
+@kernel
+def make_blank(data: int, size: int, found: int) -> None:
+    """Have the sum of the pseudo-header, and nothing more, stand for the checksum of a packet of `size` bytes: whatever
+    stands there. `found` says where TCP or UDP is."""
+    l4, at = l4_at(found), checksum_at(found)
+    protocol = _TCP if at == l4 + 16 else _UDP
+    store16(data + at, np.uint16(_pseudo_header(data, found, size - l4, protocol)))

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from rings.atomics import i64, load8, load16, load32, store16
-from rings.frame import checksum_at, headers, ip_at, l4_at, version_of
+from rings.atomics import i64, load16, load32, store16
+from rings.frame import checksum_at, headers, ip_at, l4_at, ones_sum, version_of
 from rings.jit import inline, kernel
 from rings.vnet import CSUM_VALID
 
 from .records import packet_at
-
-
-@inline
-def _byte(at: int) -> int:
-    return i64(load8(at))
 
 
 @inline
@@ -68,24 +63,6 @@ def parse(pa: int) -> None:
     packet["l3"], packet["l4"], packet["csum_at"] = version_of(found), l4_at(found), checksum_at(found)
     packet["ip"] = ip_at(found)
     packet["hash"] = -1
-
-
-@kernel
-def ones_sum(at: int, size: int, start: int) -> int:
-    """`start` and the 16-bit words of `size` bytes, in the order in which they lie in memory, added with carry around
-    (RFC 1071): 16 bits."""
-    total = i64(start)
-    for k in range(size >> 2):
-        total += i64(load32(at + k * 4))
-    at += size & ~3
-    if size & 2 != 0:
-        total += i64(load16(at))
-        at += 2
-    if size & 1 != 0:
-        total += _byte(at)
-    for _ in range(4):
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
 
 
 @kernel

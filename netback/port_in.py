@@ -12,7 +12,7 @@ from pvdrivers.syscalls import read
 from pvdrivers.worker.marks import mark_lost, ring_at, stats_at, worker_at
 from rings.atomics import i64
 from rings.jit import inline, kernel, seam_function
-from rings.vnet import VNET_SIZE, from_vnet
+from rings.vnet import CSUM_BLANK, CSUM_NONE, VNET_SIZE, complete, from_vnet, is_elsewhere
 
 from .forward import forward, packet_of
 from .port_out import is_gone
@@ -36,14 +36,22 @@ MOST_SIZE = 65535
 
 
 @inline
-def _take(pa: int, size: int) -> None:
-    """A packet of which all `size` bytes are private, and come from nobody's pages."""
+def _take(pa: int, size: int) -> bool:
+    """A packet of which all `size` bytes are private, and come from nobody's pages. False: it cannot be sent on."""
     packet = packet_at(pa)
-    from_vnet(packet["data"] - VNET_SIZE, packet, size)
+    header = packet["data"] - VNET_SIZE
+    if not from_vnet(header, packet, size):
+        return False
+    if packet["csum"] == CSUM_BLANK and is_elsewhere(header, packet["data"], size):
+        # Of the headers that a receiver looks at nothing is known, and segments would each have another.
+        packet["csum"] = CSUM_NONE
+        if packet["gso_size"] != 0 or not complete(header, packet["data"], size):
+            return False
     packet["verdict"], packet["status"], packet["fault"] = P_SEND, 0, 0
     packet["slots"], packet["extras"], packet["fragments"], packet["flags"] = 0, 0, 0, 0
     packet["have"], packet["want"], packet["domid"] = size, size, 0
     packet["stage"], packet["said"] = 0, 0
+    return True
 
 
 @kernel
@@ -65,12 +73,11 @@ def _read_some(ra: int, swa: int, most: int) -> int:
                 mark_lost(ra, size)
             return n if size == -EINTR else n | 1 << 32
         size -= VNET_SIZE
-        if size < MIN_SIZE or size > MOST_SIZE:
+        if ring["lost"] != 0 and size >= MIN_SIZE:
+            mark_lost(ra, i64(0))
+        if size < MIN_SIZE or size > MOST_SIZE or not _take(pa, size):
             stats["kinds"][N_REFUSED] += 1
             continue
-        if ring["lost"] != 0:
-            mark_lost(ra, i64(0))
-        _take(pa, size)
         stats["kinds"][N_SENT] += 1
         stats["bytes_read"] += size
         n += 1

@@ -17,6 +17,7 @@ from pvdrivers.worker.journal import STEP_COMPLETED, STEP_NOTIFIED, STEP_PUSHED,
 from pvdrivers.worker.marks import mark_dead, mark_due, mark_ready, ring_at, stats_at, worker_at
 from pvdrivers.worker.records import RING_DEAD, V_CLASS
 from rings.atomics import copy_in, i64, prefetch, prefetch_to_write, records
+from rings.frame import headers, l4_at
 from rings.jit import inline, kernel, seam_function
 from rings.netif import (
     RSP_NULL,
@@ -33,6 +34,7 @@ from rings.vnet import CSUM_BLANK, CSUM_NONE, CSUM_VALID
 from .answers import answer_at, settle
 from .captured import capture_sent
 from .control_ring import do_job
+from .cut import make_blank
 from .drain import drain
 from .forward import fetch, forward, packet_of
 from .limit import charge, end_turn, has_credit, may_begin
@@ -88,6 +90,19 @@ def _prepare(pa: int, ra: int) -> None:
         fragment["page"] = page_of(packet["stage"], i64(fragment["gref"]), 0)
         if f == 0 and fragment["page"] != 0:  # for when all are there: the core that has written it is far away
             prefetch(fragment["page"] + i64(fragment["offset"]))
+
+
+@kernel
+def _make_blank(pa: int) -> None:
+    """The checksum of segments (GSO) is blank, but who does not say so has anything there: as Linux's netback
+    (checksum_setup)."""
+    packet = packet_at(pa)
+    if packet["verdict"] != P_SEND or packet["status"] != 0:
+        return
+    if packet["gso_size"] != 0 and packet["flags"] & TXF_csum_blank == 0:
+        found = headers(packet["data"], packet["have"])
+        if l4_at(found) != 0:
+            make_blank(packet["data"], packet["size"], found)
 
 
 @kernel
@@ -154,6 +169,7 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     packets = i64(0)
     at = i64(0)
     fault = i64(0)
+    bare = False
     while packets < min(budget, BATCH) and at < n and fault == 0 and has_credit(port["from_guest"]):
         pa = packet_of(swa, packets)
         packet = packet_at(pa)
@@ -169,6 +185,8 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
             charge(port["from_guest"], q["index"], packet["size"])
         packet["at"] = at
         _prepare(pa, ra)
+        if packet["gso_size"] != 0 and packet["flags"] & TXF_csum_blank == 0:
+            bare = True
         if port["capture"] != 0:
             packet["want"] = packet["size"]
         at += took
@@ -178,6 +196,9 @@ def step_tx(wa: int, ra: int, budget: int, abandoned: int) -> int:
     if port["capture"] != 0:
         for k in range(packets):
             capture_sent(wa, ra, packet_of(swa, k))
+    if bare:
+        for k in range(packets):
+            _make_blank(packet_of(swa, k))
     forward(wa, swa, porta, packets, ring["stats"])
     for k in range(packets):
         _respond(ra, swa, packet_of(swa, k))

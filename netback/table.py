@@ -4,6 +4,9 @@ A port's own address - what the toolstack has given the vif - is fixed: nobody e
 are learned from what is sent, may move from port to port as guests within guests do, and are forgotten after AGE_NS.
 A full neighbourhood of the table gives up what was seen longest ago. A `mac` here has its VLAN above the six bytes.
 
+A trunk's own address is its in all of its VLANs, but has one entry, in no VLAN: where nothing else is known of an
+address in a VLAN, that is looked for.
+
 Where a switch has several shards, each has all ports' own addresses, and those that were learned of what came in there.
 What is not in its own table is looked for in the others', and what may have moved since as well: COMMON.moves counts
 what was learned anew, and an entry has the count of when it was found last. As long as that has not changed, nothing
@@ -32,6 +35,7 @@ from .records import (
     port_at,
     switch_at,
 )
+from .vlan import has_vlan
 
 AGE_NS = 300_000_000_000
 """As long as Linux's bridge keeps an address."""
@@ -109,6 +113,21 @@ def _elsewhere(swa: int, mac: int, now: int, stamp: int) -> int:
 
 
 @kernel
+def _trunk_of(swa: int, mac: int) -> int:
+    """The index of the trunk whose own address this is in a VLAN that the trunk has; -1 if there is none."""
+    own = mac & (1 << VLAN_SHIFT) - 1
+    if own == mac:
+        return i64(-1)
+    for k in range(TABLE_PROBES):
+        entry = _entry(swa, own, k)
+        if entry["mac"] == own and entry["fixed"] != 0:
+            porta = _owner(swa, entry)
+            if porta != 0 and has_vlan(porta, mac >> VLAN_SHIFT):
+                return i64(entry["port"])
+    return i64(-1)
+
+
+@kernel
 def lookup(swa: int, mac: int, now: int) -> int:
     """The index of the port that an address is behind, -1 if it is not known."""
     index, stamp = i64(-1), i64(_NO_STAMP)
@@ -119,6 +138,10 @@ def lookup(swa: int, mac: int, now: int) -> int:
                 return i64(entry["port"])
             index, stamp = i64(entry["port"]), i64(entry["stamp"])
             break
+    if index < 0:
+        index = i64(_trunk_of(swa, mac))
+        if index >= 0:
+            return index
     sw = switch_at(swa)
     if sw["shards"] <= 1 or stamp == load_acquire64(sw["common"]):  # COMMON.moves is the first field
         return index
@@ -194,6 +217,9 @@ def learn(swa: int, porta: int, mac: int, now: int, fixed: int) -> bool:
         older = _age(swa, porta, entry, now)
         if older > age:
             chosen, age = i64(k), older
+    trunk = i64(_trunk_of(swa, mac))
+    if trunk >= 0 and trunk != port["index"]:
+        return False
     if chosen < 0:
         return True  # there is no room for it: it is flooded, which is slow and right
     entry = _entry(swa, mac, chosen)
@@ -206,6 +232,27 @@ def learn(swa: int, porta: int, mac: int, now: int, fixed: int) -> bool:
 
 
 @kernel
+def _forget_others(swa: int, porta: int) -> None:
+    """What was learned of others under a trunk's own address, in a VLAN of its, before it was there."""
+    sw, port = switch_at(swa), port_at(porta)
+    for k in range(1 << TABLE_BITS):
+        at = sw["table"] + k * _SIZE
+        entry = _entry_at(at)
+        mac = i64(entry["mac"])
+        if mac & (1 << VLAN_SHIFT) - 1 != port["mac"] or not has_vlan(porta, mac >> VLAN_SHIFT):
+            continue
+        owner = _owner(swa, entry)
+        if owner != 0 and owner != porta:
+            port_at(owner)["learned"][sw["shard"]] -= 1
+            version = i64(entry["version"])
+            store_release64(at, version + 1)
+            # It is odd before anything of it changes. Pairs with the barrier in _read.
+            full_barrier()
+            entry["epoch"] = 0
+            store_release64(at, version + 2)
+
+
+@kernel
 def join(swa: int, porta: int, now: int) -> None:
     """A port that is new to the worker: its own address is known from now on."""
     port = port_at(porta)
@@ -213,6 +260,8 @@ def join(swa: int, porta: int, now: int) -> None:
         port["joined"][switch_at(swa)["shard"]] = 1
         if port["mac"] != 0:
             learn(swa, porta, port["mac"] | port["vlan"] << VLAN_SHIFT, now, 1)
+            if port["trunk"] != 0:
+                _forget_others(swa, porta)
 
 
 @kernel

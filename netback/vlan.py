@@ -34,8 +34,9 @@ def has_tag(data: int) -> bool:
 
 
 @inline
-def _may(porta: int, vlan: int) -> bool:
-    return i64(port_at(porta)["allowed"][vlan >> 5]) >> (vlan & 31) & 1 != 0
+def has_vlan(porta: int, vlan: int) -> bool:
+    """Whether a port is a trunk, and this one of its VLANs. No other has any."""
+    return i64(port_at(porta)["allowed"][vlan >> 5 & 127]) >> (vlan & 31) & 1 != 0
 
 
 @kernel
@@ -52,7 +53,7 @@ def classify(pa: int, porta: int) -> bool:
     tci = i64(load16(packet["data"] + 14))
     vlan = (tci & 0x0F) << 8 | tci >> 8
     packet["vlan"], packet["tagged"] = vlan, 1
-    return vlan != 0 and _may(porta, vlan)
+    return vlan != 0 and has_vlan(porta, vlan)
 
 
 @kernel
@@ -63,7 +64,7 @@ def admits(pa: int, porta: int) -> bool:
         return port["vlan"] == packet["vlan"]
     if packet["vlan"] == 0:
         return not has_tag(packet["data"])
-    return _may(porta, packet["vlan"])
+    return has_vlan(porta, packet["vlan"])
 
 
 @inline

@@ -332,7 +332,7 @@ class Device(ABC):
     live_keys: Sequence[str] = ()
     """Of the guest's directory: refresh() is called when it changes one while it is connected."""
     params: BackKeys
-    """The backend's own directory, read just before advertise(), connect() and refresh() are called."""
+    """The backend's own directory, read just before any of advertise(), connect(), refresh() and reconfigure()."""
 
     def __init__(self, ident: DeviceId, context: Context) -> None:
         self.ident = ident
@@ -362,17 +362,17 @@ class Device(ABC):
         """
 
     def refresh(self) -> Publish | None:
-        """Look again at what is behind (SIGHUP, or a changed backend key): keys to rewrite, None if none.
-
-        They are written together with the unchanged state, which is how Linux tells a frontend of a resize.
-        """
+        """Look again at what is behind (SIGHUP, or a changed backend key): keys to rewrite, None if none. They are
+        written together with the unchanged state, which is how Linux tells a frontend of a resize."""
         return None
 
-    def hand_over(self) -> None:
-        """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs.
+    def reconfigure(self) -> Publish | None:
+        """The guest is Reconfiguring: refresh(), and look at what it has changed for that."""
+        return self.refresh()
 
-        Called once, last, connected or not.
-        """
+    def hand_over(self) -> None:
+        """The process ends, and the guest is not to notice: disconnect(), but keep what a successor needs. Called once,
+        last, connected or not."""
         self.disconnect()
 
     def undo(self, steps: Iterable[Callable[[], None]]) -> None:

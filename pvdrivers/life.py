@@ -215,7 +215,7 @@ class Life:
         if action is Action.REMOVE:
             return self._do(self._handling.remove, partial(self._removed, ours, wanted.state))
         self.device.params = BackKeys.read(self._control.store, self.ident, wait=False)
-        jobs = {Action.RECONFIGURE: self.device.refresh, Action.ADVERTISE: self._handling.advertise}
+        jobs = {Action.RECONFIGURE: self.device.reconfigure, Action.ADVERTISE: self._handling.advertise}
         job = jobs.get(action, partial(self._handling.connect, action is Action.RECOVER))
         return self._do(job, partial(self._stepped, ours, theirs, wanted))
 

@@ -6,7 +6,7 @@ stands beyond the bytes that are there is not looked for.
 
 from __future__ import annotations
 
-from .atomics import i64, load8
+from .atomics import i64, load8, load16, load32
 from .jit import inline, kernel
 
 ETHERNET = 14
@@ -104,3 +104,21 @@ def headers(data: int, have: int) -> int:
     if kind == _IPV6 and at + 40 <= have:
         return _ipv6(data, at, have)
     return i64(0)
+
+
+@kernel
+def ones_sum(at: int, size: int, start: int) -> int:
+    """`start` and the 16-bit words of `size` bytes, in the order in which they lie in memory, added with carry around
+    (RFC 1071): 16 bits."""
+    total = i64(start)
+    for k in range(size >> 2):
+        total += i64(load32(at + k * 4))
+    at += size & ~3
+    if size & 2 != 0:
+        total += i64(load16(at))
+        at += 2
+    if size & 1 != 0:
+        total += _byte(at)
+    for _ in range(4):
+        total = (total & 0xFFFF) + (total >> 16)
+    return total

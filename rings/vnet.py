@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .atomics import i64, load8, records, zero_bytes
-from .frame import ETHERNET, checksum_at, headers, l4_at, version_of
+from .atomics import i64, load8, records, store16, store32, zero_bytes
+from .frame import ETHERNET, checksum_at, headers, l4_at, ones_sum, version_of
 from .jit import inline, kernel
 from .netif import GSO_TCPV4, GSO_TCPV6
 
@@ -32,7 +32,10 @@ CSUM_NONE, CSUM_VALID, CSUM_BLANK = range(3)
 """Nothing is known of a packet's checksum; it has been looked at; only that of the pseudo-header is there."""
 
 _NEEDS_CSUM, _DATA_VALID = 1, 2
-_GSO_TCPV4, _GSO_TCPV6, _GSO_ECN = 1, 4, 0x80
+_GSO_NONE, _GSO_TCPV4, _GSO_TCPV6, _GSO_ECN = 0, 1, 4, 0x80
+_SCTP_OFFSET = 8
+"""Where SCTP has its checksum, and no other protocol that leaves one blank: it is another (RFC 9260, appendix A)."""
+_CRC32C = 0x82F63B78
 
 
 @inline
@@ -41,8 +44,9 @@ def _header(at: int) -> Any:
 
 
 @inline
-def from_vnet(at: int, frame: Any, size: int) -> None:
-    """Fill in a record from the header at `at`, which stands before `size` bytes."""
+def from_vnet(at: int, frame: Any, size: int) -> bool:
+    """Fill in a record from the header at `at`, which stands before `size` bytes. False: it is of segments that no ring
+    knows, as UDP's, and none of its receivers would take it for what it is."""
     header = _header(at)
     flags, gso = i64(header["flags"]), i64(header["gso_type"]) & ~_GSO_ECN
     frame["size"], frame["csum"] = size, CSUM_NONE
@@ -54,6 +58,44 @@ def from_vnet(at: int, frame: Any, size: int) -> None:
     if gso == _GSO_TCPV4 or gso == _GSO_TCPV6:
         frame["gso_size"] = i64(header["gso_size"])
         frame["gso_type"] = GSO_TCPV4 if gso == _GSO_TCPV4 else GSO_TCPV6
+    return gso == _GSO_NONE or frame["gso_size"] != 0
+
+
+@inline
+def is_elsewhere(at: int, data: int, have: int) -> bool:
+    """Whether the checksum that the header at `at` says to be blank is another than headers() finds in the bytes at
+    `data`: of a packet within this one, or of no TCP or UDP. On a ring nothing says where it is."""
+    header = _header(at)
+    found = headers(data, have)
+    l4 = l4_at(found)
+    return l4 == 0 or i64(header["csum_start"]) != l4 or i64(header["csum_offset"]) != checksum_at(found) - l4
+
+
+@kernel
+def _crc32c(at: int, size: int) -> int:
+    crc = i64(0xFFFFFFFF)
+    for k in range(size):
+        crc ^= i64(load8(at + k))
+        for _ in range(8):
+            crc = crc >> 1 ^ (_CRC32C if crc & 1 != 0 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+@kernel
+def complete(at: int, data: int, size: int) -> bool:
+    """Make the checksum complete that the header at `at` says to be blank: all `size` bytes are at `data`. False if it
+    is not among them. As Linux's skb_checksum_help, a sum of 0 is sent as ones."""
+    start, offset = i64(_header(at)["csum_start"]), i64(_header(at)["csum_offset"])
+    there = start + offset
+    if there + (4 if offset == _SCTP_OFFSET else 2) > size:
+        return False
+    if offset == _SCTP_OFFSET:
+        store32(data + there, np.uint32(0))
+        store32(data + there, np.uint32(_crc32c(data + start, size - start)))
+        return True
+    total = ones_sum(data + start, size - start, 0) ^ 0xFFFF
+    store16(data + there, np.uint16(total if total != 0 else 0xFFFF))
+    return True
 
 
 @kernel

@@ -223,7 +223,7 @@ def _stats(verbs: Verbs) -> None:
 
 def _capture(verbs: Verbs) -> None:
     verb = new_verb(verbs, "capture", "write the packets of a vif to a pcapng file, for Wireshark or tcpdump")
-    verb.add_argument("vif", metavar="VIF", help="vif-DOMID-DEVID, as `pvdrivers stats` has it")
+    verb.add_argument("vif", metavar="VIF", help="vif-DOMID-DEVID, or pvnet-, as `pvdrivers stats` has it")
     verb.add_argument("out", metavar="FILE", help="the file; - is standard output")
     run_dir_option(verb)
     verb.add_argument("--seconds", type=positive, metavar="N", help="end after so long (default: at SIGINT)")

@@ -24,13 +24,15 @@ from pvdrivers import __version__, daemons, pcapng
 from pvdrivers.capture_ring import DATA_AT, RECORD, RECORD_SIZE, SHARED, SKIP
 from pvdrivers.errors import ConfigError, PlatformError, PvError
 from pvdrivers.link import PACKET, send
+from pvdrivers.report import SUFFIX
+from pvdrivers.toolstack import VIF_KINDS
 from rings.netif import GSO_TCPV6
 from rings.vnet import CSUM_BLANK
 
 _ENDS = frozenset({signal.SIGINT, signal.SIGTERM})
 _IDLE_SECONDS = 0.02
 _FLUSH_SECONDS = 0.5
-_NAME = re.compile(r"(?:vif[-/]?)?(\d+)[./-](\d+)")
+_NAME = re.compile(rf"(?:({'|'.join(VIF_KINDS)})[-/]?)?(\d+)[./-](\d+)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     match = _NAME.fullmatch(args.vif)
     if not match:
         raise ConfigError(f"{args.vif!r} is no vif: vif-DOMID-DEVID, as `pvdrivers stats` has them")
-    name = f"vif-{match[1]}-{match[2]}"
+    name = _find(args.run_dir, match[1] or "vif", f"{match[2]}-{match[3]}")
     sock, fd = _ask(args.run_dir, name, args.buffer << 20, args.snaplen)
     with sock:
         try:
@@ -59,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
     lost = int(ring.shared["lost"].sum())
     print(f"{writer.count} packets, {lost} lost for want of room", file=sys.stderr)
     return 0
+
+
+def _find(run_dir: Path, kind: str, number: str) -> str:
+    """The name of the device, of whatever kind it is there: a guest has one of a number. That of `kind` if none is."""
+    there = set()
+    for daemon in daemons.running(run_dir):
+        there |= {said["device"] for said in daemons.read(run_dir, daemon, SUFFIX) or ()}
+    names = [f"{one}-{number}" for one in (kind, *VIF_KINDS)]
+    return next((name for name in names if name in there), names[0])
 
 
 def _ask(run_dir: Path, name: str, size: int, snap: int) -> tuple[socket.socket, int]:

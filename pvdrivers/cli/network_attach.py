@@ -32,7 +32,7 @@ def _attach(
     store: XenStoreClient, domid: int, home: int, vif: XlVif, args: argparse.Namespace
 ) -> tuple[str, XenbusState]:
     taken = dict(toolstack.all_macs(store, home))
-    if vif.mac in taken:
+    if vif.mac and vif.mac in taken:
         raise ConfigError(
             f"mac={vif.mac} is that of {taken[vif.mac]}: two vifs with one address get each other's packets; choose"
             " another, or leave mac out"

@@ -352,7 +352,8 @@ class Netfront(Frontend):
 
     def stats(self) -> dict[str, Any]:
         """Counters since the interface was made, of each queue and in sum."""
-        names = ("sent", "received", "bytes_sent", "bytes_received", "tx_errors", "rx_errors", "wakeups")
+        names = ("sent", "received", "bytes_sent", "bytes_received", "tx_errors", "tx_dropped", "rx_errors",
+                 "wakeups")  # fmt: skip
         per_queue = [
             {name: int(queue.record[0][name]) for name in names} | {"stuck_grants": queue.stuck}
             for queue in self.queues

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ class Groups:
 
     def __init__(self, vif: Netfront) -> None:
         self._vif = vif
+        self._lock = threading.Lock()
         self.joined: set[bytes] = set()
 
     def filter(self, on: bool) -> None:
@@ -62,26 +64,41 @@ class Groups:
         if len(group) != 6:
             raise OSError(errno.EINVAL, f"vif {vif.name}: {group.hex()} is no address of six bytes")
         deadline = time.monotonic() + timeout
+        late = TimeoutError(errno.ETIMEDOUT, f"vif {vif.name}: no answer about group {group.hex(':')}")
+        if not self._lock.acquire(timeout=max(timeout, 0)):  # there is one answer at a time
+            raise late
+        try:
+            answer = self._asked(kind, group, deadline)
+        finally:
+            self._lock.release()
+        if answer == NO_ANSWER:
+            raise late
+        if answer != netif.RSP_OKAY:
+            raise OSError(errno.ENOSPC, f"vif {vif.name}: the backend does not add group {group.hex(':')}")
+
+    def _asked(self, kind: int, group: bytes, deadline: float) -> int:
+        vif = self._vif
         queue = vif._queue(0)
         put = 0
         while True:
-            with queue.tx_lock:
-                if not queue.active:
-                    raise OSError(errno.EIO, f"vif {vif.name}: not connected")
-                if put == 0 and int(queue.record[0]["amended"]) < 0:
-                    put = int(netfront_groups_kernels.amend(queue.at, kind, int.from_bytes(group, "little")))
-                elif put == 1:
-                    kernels.reap(queue.at)
-                answer = int(queue.record[0]["answer"]) if put == 1 else NO_ANSWER
-                if put < 0:
-                    vif.violated(queue.violation())
-                    raise OSError(errno.EIO, vif.failure)
-                waits = answer == NO_ANSWER and kernels.arm(queue.at, TX) == 0
-            if answer != NO_ANSWER:
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, f"vif {vif.name}: no answer about group {group.hex(':')}")
+            queue.interrupt()  # a TAP's pump has its locks for as long as it is let
+            try:
+                with queue.tx_lock:
+                    if not queue.active:
+                        raise OSError(errno.EIO, f"vif {vif.name}: not connected")
+                    if put == 0 and int(queue.record[0]["amended"]) < 0:
+                        put = int(netfront_groups_kernels.amend(queue.at, kind, int.from_bytes(group, "little")))
+                    elif put == 1:
+                        kernels.reap(queue.at)
+                    answer = int(queue.record[0]["answer"]) if put == 1 else NO_ANSWER
+                    violated = put < 0
+                    waits = not violated and answer == NO_ANSWER and kernels.arm(queue.at, TX) == 0
+            finally:
+                queue.go_on()
+            if violated:
+                vif.violated(queue.violation())
+                raise OSError(errno.EIO, vif.failure)
+            if answer != NO_ANSWER or time.monotonic() > deadline:
+                return answer
             if waits:
                 kernels.wait(queue.at, _SLICE_MS)
-        if answer != netif.RSP_OKAY:
-            raise OSError(errno.ENOSPC, f"vif {vif.name}: the backend does not add group {group.hex(':')}")

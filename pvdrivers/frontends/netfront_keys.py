@@ -26,6 +26,7 @@ class Offer:
     sg: bool = False
     gso4: bool = False
     gso6: bool = False
+    csum4: bool = True
     csum6: bool = False
     split: bool = False
     control: bool = False
@@ -86,6 +87,7 @@ def read_offer(read: Read) -> Offer:
         sg=switch(netif.KEY_SG),
         gso4=switch(netif.KEY_GSO_TCPV4),
         gso6=switch(netif.KEY_GSO_TCPV6),
+        csum4=not switch(netif.KEY_NO_CSUM),
         csum6=switch(netif.KEY_IPV6_CSUM),
         split=switch(netif.KEY_SPLIT_EVENTS),
         control=switch(netif.KEY_CTRL_RING),

@@ -43,6 +43,9 @@ class Queue:
         self._keep: dict[str, Any] = {}  # arrays that the record has addresses of
         self.tx_lock, self.rx_lock = threading.Lock(), threading.Lock()
         self.active = False
+        self._stop_lock = threading.Lock()  # of QUEUE.stop and what follows; the last to be taken
+        self._open = False  # activate() to deactivate()
+        self._interrupts = 0
         self._ended = False
         self._events: EventChannel | None = None
         self._sources: list[int] = []
@@ -119,17 +122,26 @@ class Queue:
         """The backend is connected: give it pages for what it receives."""
         q = self.record[0]
         with self.tx_lock, self.rx_lock:
-            q["sg"], q["untrusted"], q["violation"], q["stop"] = sg, untrusted, 0, 0
+            q["sg"], q["untrusted"], q["violation"] = sg, untrusted, 0
             q["amended"] = -1
             kernels.post_all(self.at)
             self.active = True
+            self._set_stop(open=True)
 
     def deactivate(self) -> None:
         """Stop using the rings. What is on them is lost, as packets are."""
-        self.record[0]["stop"] = 1
+        self._set_stop(open=False)
         self.wake()
         with self.tx_lock, self.rx_lock:
             self.active = False
+
+    def _set_stop(self, *, open: bool | None = None, interrupts: int = 0) -> None:
+        """Nobody may stay in a kernel of a queue that is not open, or that is interrupted: whoever of several says so
+        last would else have the others wait for ever."""
+        with self._stop_lock:
+            self._open = self._open if open is None else open
+            self._interrupts += interrupts
+            self.record[0]["stop"] = 0 if self._open and self._interrupts == 0 else 1
 
     def release(self) -> None:
         """Take back rings, ports and grants. What the backend still has mapped is never used again by anybody."""
@@ -174,13 +186,12 @@ class Queue:
 
     def interrupt(self) -> None:
         """Have whoever is in a kernel on this queue come out, and nobody stay in one, until go_on()."""
-        self.record[0]["stop"] = 1
+        self._set_stop(interrupts=1)
         self.wake()
 
     def go_on(self) -> None:
-        """The end of interrupt()."""
-        with self.tx_lock, self.rx_lock:
-            self.record[0]["stop"] = 0 if self.active else 1
+        """The end of one interrupt()."""
+        self._set_stop(interrupts=-1)
 
     def violation(self) -> str:
         """What the backend did, in words."""

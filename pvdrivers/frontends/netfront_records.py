@@ -60,6 +60,7 @@ QUEUE = np.dtype(
         ("amended", "i8"),  # id of the request that was the last to join or leave a group, -1 none was
         ("answer", "i8"),  # ... and its status, NO_ANSWER until it has one
         ("tx_errors", "i8"),  # answered with another status than OKAY
+        ("tx_dropped", "i8"),  # of a TAP: what this backend, or any ring, cannot carry
         ("rx_errors", "i8"),
         ("wakeups", "i8"),
     ],

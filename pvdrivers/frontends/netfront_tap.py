@@ -36,6 +36,7 @@ from rings.jit import compile_for
 from . import netfront_tap_kernels as kernels
 from .netfront import Netfront
 from .netfront import warm as warm_vif
+from .netfront_keys import Offer
 from .netfront_records import FRAME
 
 __all__ = ["Tap", "warm"]
@@ -54,6 +55,7 @@ class Tap:
         self._fds: list[int] = []
         self._threads: list[threading.Thread] = []
         self._ended = False
+        self._offered = vif.offer
         try:
             for _ in vif.queues:
                 self._fds.append(self._open(len(vif.queues) > 1))
@@ -76,14 +78,29 @@ class Tap:
         fd = open_tun()
         try:
             take_tap(fd, self.name, several=several)
-            offer, most = self.vif.offer, TUN_CSUM
-            most |= TSO4 | TSO_ECN if offer.sg and offer.gso4 else 0
-            most |= TSO6 if offer.sg and offer.gso6 and offer.csum6 else 0
-            set_tap_offload(fd, most)
+            self._offer(fd, self._offered)
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+    def _offer(self, fd: int, offer: Offer) -> None:
+        """Have the kernel leave to the backend what that takes: a blank checksum for IPv4 and for IPv6, or for neither;
+        segments only with it."""
+        most = TUN_CSUM if offer.csum4 and offer.csum6 else 0
+        if most and offer.sg:
+            most |= (TSO4 | TSO_ECN if offer.gso4 else 0) | (TSO6 if offer.gso6 else 0)
+        set_tap_offload(fd, most)
+
+    def _offer_again(self, fd: int, before: Offer) -> Offer:
+        """Another backend may take less; what it takes now."""
+        offer = self.vif.offer
+        if offer != before:
+            try:
+                self._offer(fd, offer)
+            except OSError as e:
+                log.warning("TAP %s: what its backend takes cannot be set: %s", self.name, e)
+        return offer
 
     def _set_up(self, mtu: int) -> None:
         set_hardware_address(self.name, self.vif.mac)
@@ -100,7 +117,7 @@ class Tap:
 
     def _carry(self, index: int, fd: int) -> None:
         buffers, frames = np.zeros(kernels.BUFFERS, np.uint8), np.zeros(2, FRAME)
-        registered = False
+        registered, offer = False, self._offered
         while not self._ended and not self.vif.failure and index < len(self.vif.queues):
             queue = self.vif.queues[index]
             if not registered:
@@ -109,6 +126,7 @@ class Tap:
             result = 0
             with queue.tx_lock, queue.rx_lock:
                 if queue.active and not self._ended:
+                    offer = self._offer_again(fd, offer)
                     result = kernels.pump(queue.at, fd, buffers.ctypes.data, frames.ctypes.data)
             if result < 0:
                 self.vif.violated(queue.violation())
@@ -119,11 +137,12 @@ class Tap:
         """Take the TAP away. The vif stays."""
         self._ended = True
         self.vif.on_carrier.remove(self._set_carrier)
-        for queue in self.vif.queues:
+        queues = list(self.vif.queues)  # a connection made meanwhile may have others
+        for queue in queues:
             queue.interrupt()
         for thread in self._threads:
             thread.join()
-        for queue in self.vif.queues:
+        for queue in queues:
             queue.go_on()
         for fd in self._fds:
             os.close(fd)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from pvdrivers.iovec import IOVEC_SIZE, put_iovec
 from pvdrivers.syscalls import read, readv, write
-from rings.atomics import i64, load32, load_acquire64
+from rings.atomics import copy_bytes, i64, load32, load_acquire64
+from rings.frame import ETHERNET
 from rings.jit import kernel
 from rings.ring import room
-from rings.vnet import VNET_SIZE, from_vnet, put_vnet
+from rings.vnet import CSUM_BLANK, CSUM_NONE, VNET_SIZE, complete, from_vnet, is_elsewhere, put_vnet
 
 from .netfront_kernels import arm, frame_at, kick, queue_at, reap, receive_all, start, wait
-from .netfront_records import BUFFER, FRAME, MOST_BYTES, NO_ROOM, RX, TX
+from .netfront_records import BUFFER, FRAME, MOST_BYTES, NO_ROOM, RX, TOO_BIG, TX
 
 HEADER = VNET_SIZE
 AT = 16
@@ -45,6 +46,27 @@ def _read(qa: int, fd: int, buffer: int, pieces: int) -> int:
 
 
 @kernel
+def _look_for_checksum(qa: int, buffer: int, data: int, fa: int) -> int:
+    """A packet with a blank checksum, which is at `data`, or with 0 in the pages: where it is when it may go. If the
+    checksum is not where the backend would look for it, it is completed here; -1: it cannot be."""
+    q, frame = queue_at(qa), frame_at(fa)
+    size = frame["size"]
+    first = data if data != 0 else q["tx_pages"] + i64(load32(q["free"] + (q["free_n"] - 1) * 4)) * _PAGE
+    have = size if data != 0 else min(size, _PAGE)
+    if have < ETHERNET or not is_elsewhere(buffer + AT - HEADER, first, have):
+        return data
+    if frame["gso_size"] != 0:
+        return i64(-1)
+    if data == 0:
+        data = buffer + AT
+        for k in range((size + _PAGE - 1) // _PAGE):
+            page = i64(load32(q["free"] + (q["free_n"] - 1 - k) * 4))
+            copy_bytes(data + k * _PAGE, q["tx_pages"] + page * _PAGE, min(size - k * _PAGE, _PAGE))
+    frame["csum"] = CSUM_NONE
+    return data if complete(buffer + AT - HEADER, data, size) else i64(-1)
+
+
+@kernel
 def _send(qa: int, fd: int, buffer: int, pieces: int, fa: int, waiting: int) -> int:
     """From the TAP to the ring: a packet that found no room stays in the buffer. How many went, as 2n + whether one
     waits; -1 for a violation."""
@@ -57,12 +79,20 @@ def _send(qa: int, fd: int, buffer: int, pieces: int, fa: int, waiting: int) -> 
             size = i64(_read(qa, fd, buffer, pieces))
             if size <= 0:
                 break
-            from_vnet(buffer + AT - HEADER, frame_at(fa), size & 0xFFFFFFFF)
-            frame_at(fa)["hash_type"] = 0
             data = data if size >> 32 == 0 else i64(0)
-        waiting = i64(1) if start(qa, data, fa) == NO_ROOM else i64(0)
+            if not from_vnet(buffer + AT - HEADER, frame_at(fa), size & 0xFFFFFFFF):
+                queue_at(qa)["tx_dropped"] += 1
+                n += 1
+                continue
+            frame_at(fa)["hash_type"] = 0
+            if frame_at(fa)["csum"] == CSUM_BLANK:
+                data = i64(_look_for_checksum(qa, buffer, data, fa))
+        said = i64(start(qa, data, fa)) if data >= 0 else i64(TOO_BIG)
+        waiting = i64(1) if said == NO_ROOM else i64(0)
         if waiting != 0:
             break
+        if said == TOO_BIG:
+            queue_at(qa)["tx_dropped"] += 1
         n += 1
     if n > 0:
         kick(qa)

@@ -10,6 +10,7 @@ import os
 import socket
 
 from .netfront import Netfront
+from .netfront_keys import Offer
 from .netfront_tap import Tap
 
 __all__ = ["Veth"]
@@ -33,6 +34,9 @@ class Veth(Tap):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
             sock.bind((self._inner, _ETH_P_ALL))
             return os.dup(sock.fileno())
+
+    def _offer(self, fd: int, offer: Offer) -> None:
+        """It has what it has."""
 
     def _set_up(self, mtu: int) -> None:
         """Whoever made the pair has done so."""

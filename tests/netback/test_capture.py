@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from pvdrivers.frontends.netfront import CSUM_BLANK, Frame
+from pvdrivers import sim
+from pvdrivers.frontends.netfront import CSUM_BLANK, Frame, Netfront
+from pvdrivers.sim import toolstack
 
-from .conftest import COMMAND, Guest, until
+from .conftest import COMMAND, Daemon, Guest, until
 from .spaces import need
 from .test_switch import udp
 
@@ -167,3 +169,28 @@ def test_who_asks_for_what_is_not_there(net: Any, tmp_path: Path) -> None:
     again = Capture(a, tmp_path / "again")
     assert "capturing" in again.said
     again.end()
+
+
+def test_a_vif_of_whatever_kind_is_found(net: Any, tmp_path: Path) -> None:
+    """`--class pvnet` has pvnet-D-V: by that name, by vif-D-V, and by D-V."""
+    mac = "00:16:3e:00:fe:01"
+    daemon = Daemon(net.run_dir, tmp_path / "log", "--class", "pvnet")
+    domain = toolstack.create_domain(net.dom0, memory_mib=16)
+    platform = sim.open(net.run_dir, domain.domid, domain.token)
+    toolstack.attach(net.dom0.store, "pvnet", domain.domid, 0, be={"mac": mac, "handle": 0}, fe={"mac": mac})
+    vif = Netfront(platform, 0)
+    try:
+        vif.connect(20)
+        for number, prefix in enumerate(("pvnet-", "vif-", "")):
+            out = tmp_path / f"{number}.pcapng"
+            command = [*COMMAND, "capture", f"{prefix}{domain.domid}-0", str(out), "--run-dir", str(net.run_dir)]
+            with subprocess.Popen([*command, "--packets", "1"], stderr=subprocess.PIPE, text=True) as popen:
+                assert popen.stderr is not None
+                assert popen.stderr.readline() == f"capturing pvnet-{domain.domid}-0\n"
+                vif.send(b"\xff" * 6 + vif.mac + b"\x88\xb5one")
+                assert "1 packets" in popen.stderr.read()
+    finally:
+        vif.close()
+        platform.close()
+        toolstack.clean(net.dom0.store, domain.domid, domain.uuid)
+        daemon.stop()

@@ -7,14 +7,21 @@
     txpkt2rsp       emptypkt            test_nothing_is_taken_from_an_empty_ring
                     1req extra long invalid error                      test_answers_to_what_a_guest_sends
                     wraps               test_a_packet_that_wraps
-    pkt2mbufc       empty short 1cluster largecluster 2cluster         test_bytes_of_a_guest
-    txpkt2gnttab    empty short 2req 2cluster                          test_bytes_of_a_guest
-    update_mbufc    short 2req 2cluster                                test_bytes_of_a_guest
+    pkt2mbufc       short 1cluster largecluster 2cluster               test_bytes_of_a_guest
+    txpkt2gnttab    short 2req 2cluster test_bytes_of_a_guest
+    update_mbufc    short 2req 2cluster test_bytes_of_a_guest
+    pkt2mbufc       empty               test_a_packet_of_nothing
+    txpkt2gnttab    empty               test_a_packet_of_nothing
     pkt2mbufc       csum                test_flags_of_a_guest
-    mbufc2pkt       empty short 1cluster 2short long extra             test_slots_for_a_guest
-    rxpkt2gnttab    empty short 2req    test_slots_for_a_guest
-    rxpkt2rsp       empty short extra 2short 2slots                    test_slots_for_a_guest
-                    copyerror           test_a_copy_that_fails
+    mbufc2pkt       short 1cluster long extra                          test_slots_for_a_guest
+    rxpkt2gnttab    short 2req          test_slots_for_a_guest
+    rxpkt2rsp       short extra 2slots  test_slots_for_a_guest
+    mbufc2pkt       empty               test_a_packet_of_nothing
+    rxpkt2gnttab    empty               test_a_packet_of_nothing
+    rxpkt2rsp       empty               test_a_packet_of_nothing
+    mbufc2pkt       2short              test_two_short_ones_share_a_slot_of_the_receiver
+    rxpkt2rsp       2short              test_two_short_ones_share_a_slot_of_the_receiver
+    rxpkt2rsp       copyerror           test_a_copy_that_fails
     mbufc2pkt       nospace             test_no_space
     add_mbuf_cksum  arp icmp            test_what_has_no_checksum_of_ours_is_let_alone
                     tcp tcp_swcksum udp test_checksums_are_filled_in
@@ -29,6 +36,7 @@ from typing import Any
 
 import pytest
 
+from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront import CSUM_BLANK, CSUM_NONE, CSUM_VALID, Frame
 from pvdrivers.frontends.netfront_keys import Wishes
 from rings import netif
@@ -171,6 +179,21 @@ def test_bytes_of_a_guest(net: Any, sizes: list[int]) -> None:
     assert b.vif.receive(5) == frame
 
 
+@pytest.mark.parametrize("sizes", [[0], [0, 0, 0]])
+def test_a_packet_of_nothing(net: Any, sizes: list[int]) -> None:
+    """Not a byte of it is copied, no slot of a receiver's is taken, and its requests are answered."""
+    a, b = (net.guest(wishes=Wishes(staging=False)) for _ in range(2))
+    put(a, *pieces(a, b"", sizes, ids=5))
+    assert answers(a, 0, len(sizes)) == [(5 + k, -1) for k in range(len(sizes))]
+    assert a.counted("refused") == 1 and a.counted("sent") == b.counted("received") == 0
+    counted = {d["device"]: d["queues"] for d in snapshot(net.run_dir)}
+    for guest in (a, b):
+        assert sum(q["grants_copied"] + q["persistent_hits"] for q in counted[guest.name]) == 0
+    assert produced(b, "rx_end") == 0
+    put(a, *pieces(a, a.frame(b), [14], ids=9))
+    assert b.vif.receive(5) == a.frame(b)
+
+
 @pytest.mark.parametrize(
     ("flags", "csum"),
     [
@@ -215,7 +238,7 @@ def test_slots_for_a_guest(net: Any, name: str, size: int, gso: int, wanted: lis
 
 
 def test_two_short_ones_share_a_slot_of_the_receiver(net: Any) -> None:
-    """mbufc2pkt_2short: fragments of the sender are not slots of the receiver."""
+    """mbufc2pkt_2short, rxpkt2rsp_2short: fragments of the sender are not slots of the receiver."""
     a, b = net.guest(), net.guest()
     put(a, *pieces(a, a.frame(b, os.urandom(286)), [100, 200]))
     assert slots(b, 1) == [(0, 0, 300)]

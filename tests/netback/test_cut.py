@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.cut import count_segments, header_size, put_segment
-from pvdrivers.frontends.netfront import CSUM_BLANK, CSUM_VALID, Frame
+from netback.cut import count_segments, header_size, make_blank, put_segment
+from pvdrivers.frontends.netfront import CSUM_BLANK, CSUM_NONE, CSUM_VALID, Frame
 from pvdrivers.frontends.netfront_keys import Wishes
 from rings.frame import headers
 from rings.netif import GSO_TCPV4, GSO_TCPV6
 
 from .conftest import until
-from .packets import ACK, CWR, FIN, PSH, cut, tcp
+from .packets import ACK, CWR, FIN, PSH, cut, pseudo, tcp
 
 TYPES = {4: GSO_TCPV4, 6: GSO_TCPV6}
 
@@ -87,6 +87,22 @@ def test_a_length_is_not_needed_in_what_a_sender_left_blank() -> None:
     assert segments(bytes(whole), GSO_TCPV4, 1448, blank=False) == cut(4, bytes(3000), 1448, blank=False)
 
 
+@given(st.sampled_from([4, 6]), st.booleans(), st.binary(max_size=200), st.integers(0, 2), st.integers(0, 0xFFFF))
+def test_a_checksum_is_made_blank(version: int, is_udp: bool, payload: bytes, tags: int, before: int) -> None:
+    frame = bytearray(tcp(version, payload, tags=tags))
+    l4 = 14 + 4 * tags + (20 if version == 4 else 40)
+    at = l4 + (6 if is_udp else 16)
+    if is_udp:
+        frame[14 + 4 * tags + (9 if version == 4 else 6)] = 17
+    addresses = bytes(frame[l4 - 8 : l4] if version == 4 else frame[l4 - 32 : l4])
+    frame[at : at + 2] = pseudo(addresses, len(frame) - l4, 17 if is_udp else 6).to_bytes(2, "big")
+    data = np.frombuffer(bytes(frame), np.uint8).copy()
+    data[at], data[at + 1] = before >> 8, before & 255
+    address = int(data.ctypes.data)
+    make_blank(address, len(data), int(headers(address, len(data))))
+    assert data.tobytes() == frame
+
+
 def receive(guest: Any, n: int) -> list[Frame]:
     got: list[Frame] = []
     while len(got) < n:
@@ -125,6 +141,23 @@ def test_a_guest_that_takes_no_segments_gets_them_one_by_one(
     else:
         until(lambda: b.counted("not accepted") == 1)  # not even a segment of it fits into a page
     assert b.counted("cut") == 6
+
+
+@pytest.mark.jit_only("a real daemon serves")
+@pytest.mark.parametrize("version", [4, 6])
+def test_segments_without_a_blank_checksum_get_one(net: Any, version: int) -> None:
+    """Some guests do not say that it is blank, and have anything there (Linux: checksum_setup)."""
+    a, b = net.guest(), net.guest()
+    payload = os.urandom(5000)
+    wanted = tcp(version, payload, macs=b.mac + a.mac)
+    said = bytearray(wanted)
+    at = 14 + (20 if version == 4 else 40) + 16
+    said[at : at + 2] = bytes(byte ^ 0x5A for byte in wanted[at : at + 2])
+    a.vif.send_all([Frame(bytes(said), CSUM_NONE, 1448, TYPES[version]), Frame(a.frame(b))])
+    assert b.vif.receive_all(1, 5) == [Frame(wanted, CSUM_BLANK, 1448, TYPES[version])]
+    assert b.vif.receive(5) == a.frame(b)
+    a.vif.send_all([Frame(bytes(said), CSUM_BLANK, 1448, TYPES[version])])
+    assert b.vif.receive_all(1, 5) == [Frame(bytes(said), CSUM_BLANK, 1448, TYPES[version])], "who says so is believed"
 
 
 @pytest.mark.jit_only("a real daemon serves")

@@ -17,6 +17,7 @@ from .conftest import WORKERS, Guest, until
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 NO_GREF = 0x7FFFFFF
+EVTCHNSTAT_UNBOUND = 1
 Slot = tuple[int, int, int, int, int]  # gref, offset, flags, id, size
 
 
@@ -158,6 +159,38 @@ def test_keys_that_are_refused(net: Any) -> None:
         for name, what in {**keys, netif.KEY_EVENT_CHANNEL: "1", key: value, "state": "4"}.items():
             guest.platform.store.write(f"{path}/{name}", what)
         until(lambda g=guest, t=text: t in g.said())
+
+
+@pytest.mark.parametrize("what", ["a page", "a port"])
+def test_a_connection_that_fails_in_the_middle_leaves_nothing(net: Any, what: str) -> None:
+    """XSA-362, -367: map failures in the middle. Of two queues the last page, or the last port, is not there."""
+    guest = net.guest(connect=False)
+    until(lambda: net.dom0.store.read(f"{guest.backend}/state") == b"2")
+    pages, events = guest.platform.pages, guest.platform.open_events()
+    rings = pages.alloc(4)
+    grefs = [pages.grant(frame, 0) for frame in rings.frames]
+    ports = [events.alloc_unbound(0) for _ in range(2)]
+    said = [*grefs[:3], NO_GREF if what == "a page" else grefs[3]]
+    named = [ports[0], 4000 if what == "a port" else ports[1]]
+    path = f"/local/domain/{guest.domain.domid}/device/vif/0"
+    keys = {netif.KEY_REQUEST_RX_COPY: 1, netif.KEY_NUM_QUEUES: 2}
+    for q in range(2):
+        keys[f"queue-{q}/{netif.KEY_TX_RING_REF}"], keys[f"queue-{q}/{netif.KEY_RX_RING_REF}"] = said[2 * q : 2 * q + 2]
+        keys[f"queue-{q}/{netif.KEY_EVENT_CHANNEL}"] = named[q]
+    for name, value in {**keys, "state": 4}.items():
+        guest.platform.store.write(f"{path}/{name}", value)
+    try:
+        until(guest.said)
+        assert ("4000" if what == "a port" else str(NO_GREF)) in guest.said()
+        # It is tried again, now and then: for a moment it may have some of it.
+        until(lambda: events.status(ports[0])[0] == EVTCHNSTAT_UNBOUND)
+        guest.platform.store.write(f"{path}/state", 6)
+        for gref in grefs:
+            until(lambda g=gref: pages.end(g))
+        assert [events.status(port)[0] for port in ports] == [EVTCHNSTAT_UNBOUND] * 2
+    finally:
+        events.close()
+    talk(net.guest(), net.guest())
 
 
 def test_what_the_toolstack_may_get_wrong(net: Any) -> None:

@@ -17,10 +17,18 @@ from netback.switch import Port
 from pvdrivers.frontends.netfront import CSUM_BLANK, Frame
 from pvdrivers.frontends.netfront_keys import Wishes
 from rings.jit import kernel
-from rings.netif import EXTRA_MCAST_ADD, EXTRA_MCAST_DEL, GSO_TCPV4, RSP_ERROR, RSP_OKAY
+from rings.netif import (
+    EXTRA_MCAST_ADD,
+    EXTRA_MCAST_DEL,
+    GSO_TCPV4,
+    KEY_REQUEST_XDP_HEADROOM,
+    RSP_ERROR,
+    RSP_OKAY,
+)
 
 from .conftest import until
 from .packets import tcp
+from .test_hostile import logged
 from .test_switch import EVERYBODY, nothing_came
 
 A, B = b"\x01\0\x5e\0\0\1", b"\x33\x33\0\0\0\1"
@@ -196,6 +204,27 @@ def test_link_down_and_up(net: Any) -> None:
     until(lambda: changes == [False, True])
     a.vif.send(a.frame(b))
     assert b.vif.receive(5) == a.frame(b)
+
+
+@daemon_serves
+def test_nothing_that_a_guest_writes_holds_up_what_the_operator_changes(net: Any) -> None:
+    """A headroom that is none is looked at when the guest is Reconfiguring, and fails that alone."""
+    a, b = net.guest(), net.guest()
+    path = f"/local/domain/{b.domain.domid}/device/vif/0"
+    b.platform.store.write(f"{path}/{KEY_REQUEST_XDP_HEADROOM}", "x")
+    net.dom0.store.write(f"{b.backend}/link", "down")
+    until(lambda: not b.vif.carrier)
+    a.vif.send(a.frame(b))
+    until(lambda: b.counted("no carrier") == 1)
+    net.dom0.store.write(f"{b.backend}/link", "up")
+    until(lambda: b.vif.carrier)
+    net.dom0.store.write(f"{b.backend}/mtu", 1000)
+    until(lambda: not passes(a, b, a.frame(b, bytes(1001))))
+    assert passes(a, b, a.frame(b, bytes(1000)))
+    assert not b.said() and b.vif.connections == 1
+    b.platform.store.write(f"{path}/state", 7)
+    until(lambda: b.vif.connections == 2 and b.vif.state == 4)
+    assert "not a number" in logged(b)
 
 
 @daemon_serves

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netback.records import COMMON, MAX_LEARNED, PORT, SWITCH, TABLE_BITS, TABLE_ENTRY
-from netback.table import AGE_NS, learn, lookup
+from netback.records import COMMON, MAX_LEARNED, PORT, SWITCH, TABLE_BITS, TABLE_ENTRY, VLAN_SHIFT
+from netback.switch import _bits
+from netback.table import AGE_NS, join, learn, lookup
 
 PORTS = 4
 
@@ -167,3 +169,28 @@ def test_what_another_shard_is_just_writing_is_not_believed() -> None:
     table.tables[0][row]["version"] += 1  # between the two halves of a change
     table.tables[0][row]["port"] = 1 << 40
     assert lookup(table.at(1), 77, 0) == -1
+
+
+@pytest.mark.parametrize("shards", [1, SHARDS])
+def test_a_trunks_own_address_is_its_in_its_vlans(shards: int) -> None:
+    """It is fixed in no VLAN alone. What was learned before it was there is forgotten."""
+    table = Table() if shards == 1 else Shards()
+    switches = [int(table.switch.ctypes.data)] if shards == 1 else [table.at(s) for s in range(SHARDS)]  # type: ignore[attr-defined]
+    mac, guest, trunk = 0xA53E1600, table.address(0), table.address(1)
+    in_vlan = {vlan: mac | vlan << VLAN_SHIFT for vlan in (5, 6, 4094)}
+    for vlan in (5, 6):
+        assert learn(switches[0], guest, in_vlan[vlan], 0, 0)
+    table.ports[1]["mac"], table.ports[1]["trunk"], table.ports[1]["allowed"] = mac, 1, _bits({5, 4094})
+    for at in switches:
+        join(at, trunk, 1)
+    for at in switches:
+        assert [int(lookup(at, in_vlan[vlan], 1)) for vlan in (5, 6, 4094)] == [1, 0, 1]
+        assert not learn(at, guest, in_vlan[5], 1, 0)
+        assert not learn(at, guest, in_vlan[4094], 1, 0)
+        assert learn(at, guest, in_vlan[6], 1, 0)
+        assert learn(at, trunk, in_vlan[5], 1, 0)
+        assert int(lookup(at, in_vlan[5], 1)) == int(lookup(at, mac, 1)) == 1
+    assert int(table.ports[0]["learned"][0]) == 1
+    table.leave(1)
+    assert [int(lookup(at, in_vlan[5], 1)) for at in switches] == [-1] * len(switches)
+    assert learn(switches[0], guest, in_vlan[5], 1, 0)

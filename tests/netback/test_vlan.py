@@ -172,6 +172,23 @@ def test_who_hops_into_a_vlan_does_not_get_there(net: Any) -> None:
 
 
 @pytest.mark.jit_only("a real daemon serves")
+def test_nobody_has_a_trunks_own_address_in_its_vlans(net: Any) -> None:
+    a5, b5, a6 = (net.guest(f"switch:z;vlan={vlan}") for vlan in (5, 5, 6))
+    trunk = net.guest("switch:z;trunk=5")
+    b5.vif.send(b5.frame(trunk))
+    assert trunk.vif.receive(5) == tagged(b5.frame(trunk), 5)
+    nothing_came(a5)  # it is known, and was never heard of there
+    a5.vif.send(b5.mac + trunk.mac + b"\x88\xb5as if it were the trunk")
+    until(lambda: a5.counted("spoofed") == 1)
+    b5.vif.send(b5.frame(trunk))
+    assert trunk.vif.receive(5) == tagged(b5.frame(trunk), 5)
+    nothing_came(a5, b5)
+    a6.vif.send(a6.frame(EVERYBODY)[:6] + trunk.mac + b"\x88\xb5")  # the trunk has not that VLAN
+    until(lambda: a6.counted("to nobody") == 1)
+    assert a6.counted("spoofed") == 0
+
+
+@pytest.mark.jit_only("a real daemon serves")
 def test_a_checksum_is_complete_behind_a_tag(net: Any) -> None:
     a, b, trunk = net.guest("switch:x;vlan=7"), net.guest("switch:x;vlan=7"), net.guest("switch:x;trunk")
     blank, complete = udp(os.urandom(3000))

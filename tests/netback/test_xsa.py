@@ -4,7 +4,7 @@ are tested:
     XSA-39 -155 -423 -432 -448             test_request.py, test_hostile.py
     XSA-362 -367 -374                      test_hostile.py, test_switch.py, test_waiting.py
     XSA-392                                test_switch.py, test_waiting.py, and here
-    XSA-396 -405 -465                      test_xsa_front.py: they are about the frontend
+    XSA-391 -396 -405 -465                 test_xsa_front.py: they are about the frontend
     XSA-424                                here
     num-queues 0                           test_hostile.py
 """

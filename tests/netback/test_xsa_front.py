@@ -1,7 +1,8 @@
 """Classes of the security list that are about the frontend: our netfront, and a backend that is not to be trusted.
 
 The backend of a vif on `null:` sends nothing by itself, so what it does here is done by the test in its place, in the
-pages that the two share, and by the grants of its domain. XSA-391 and -403 are in test_xsa.py.
+pages that the two share, and by the grants of its domain. Where events are what it is about, the backend is the test's
+altogether. XSA-403 is in test_xsa.py.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from pvdrivers import sim
+from pvdrivers.frontends import netfront_tap
+from pvdrivers.frontends.netfront import Frame, Netfront
 from pvdrivers.frontends.netfront_keys import Wishes
 from pvdrivers.frontends.netfront_records import SLOTS
+from pvdrivers.sim import toolstack
 from pvdrivers.xenbus import XenbusState
 from rings import netif
 
 from .conftest import Guest, until
+from .pipe_tap import PipeTap
 from .test_hostile import talk
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
@@ -180,3 +188,80 @@ def heard(a: Guest, b: Guest) -> bool:
         return bool(b.vif.receive(0.2) == a.frame(b, b"still here"))
     except TimeoutError:
         return False
+
+
+class Rogue:
+    """A backend by hand, of a kind that the daemon does not serve: it is connected, and answers nothing."""
+
+    def __init__(self, net: Any) -> None:
+        self.net, mac = net, "00:16:3e:00:ff:01"
+        self.domain = toolstack.create_domain(net.dom0, memory_mib=16)
+        self.platform = sim.open(net.run_dir, self.domain.domid, self.domain.token)
+        self.path = toolstack.attach(net.dom0.store, "pvnet", self.domain.domid, 0, be={"mac": mac}, fe={"mac": mac})
+        self.vif = Netfront(self.platform, 0)
+        self.events = net.dom0.open_events()
+        self.vif.start()
+        read = net.dom0.store.read
+        for key in (netif.KEY_RX_COPY, netif.KEY_SPLIT_EVENTS, netif.KEY_SG):
+            net.dom0.store.write(f"{self.path}/{key}", 1)
+        net.dom0.store.write(f"{self.path}/state", 2)
+        front = f"/local/domain/{self.domain.domid}/device/vif/0"
+        until(lambda: read(f"{front}/state") == b"4")
+        names = (netif.KEY_EVENT_CHANNEL_TX, netif.KEY_EVENT_CHANNEL_RX)
+        self.ports = [self.events.bind_interdomain(self.domain.domid, int(read(f"{front}/{name}"))) for name in names]
+        net.dom0.store.write(f"{self.path}/state", 4)
+        self.vif.connect(10)
+
+    def end(self) -> None:
+        self.vif.close()
+        self.platform.close()
+        self.events.close()
+        toolstack.clean(self.net.dom0.store, self.domain.domid, self.domain.uuid)
+
+
+def test_xsa_391_a_storm_of_events(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2021-28711 to -28713: a backend that sends events without end held up all of the guest. Here whoever waits
+    looks again each time and sleeps on, keeps to his time, and others do not notice; who does not wait is not woken."""
+    monkeypatch.setattr(netfront_tap, "set_tap_offload", lambda fd, offload: None)
+    rogue, a, b = Rogue(net), net.guest(), net.guest()
+    over = threading.Event()
+
+    def storm() -> None:
+        while not over.is_set():
+            for _ in range(100):
+                for port in rogue.ports:
+                    rogue.events.notify(port)
+            time.sleep(0.0005)
+
+    def takes(call: Callable[[], Any]) -> float:
+        begun = time.monotonic()
+        with pytest.raises(TimeoutError):
+            call()
+        return time.monotonic() - begun
+
+    frame = b"\xff" * 6 + rogue.vif.mac + b"\x88\xb5"
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        before = rogue.vif.stats()["wakeups"]
+        for _ in range(20):
+            talk(a, b)
+        assert rogue.vif.stats()["wakeups"] == before
+        assert takes(lambda: rogue.vif.receive(0.5)) < 5
+        assert rogue.vif.stats()["wakeups"] > before, "it was a storm"
+        assert takes(lambda: rogue.vif.send_all([Frame(frame)] * (SLOTS + 1), timeout=0.5)) < 5
+        tap = PipeTap(rogue.vif)
+        for _ in range(20):
+            talk(a, b)
+        begun = time.monotonic()
+        tap.close()
+        assert time.monotonic() - begun < 5, "a pump comes out of it when it is told"
+        assert not rogue.vif.failure
+        begun = time.monotonic()
+        rogue.vif.close(1)
+        assert time.monotonic() - begun < 15
+    finally:
+        over.set()
+        thread.join()
+        rogue.end()
+    talk(a, b)

@@ -107,6 +107,15 @@ def test_an_address_that_somebody_has(net: Bed, guests: Callable[[str], Guest]) 
     assert cli(net, "network-attach", b.name, f"mac={MAC}").returncode == 0, "it is free again"
 
 
+def test_a_vif_that_has_no_address(net: Bed, guests: Callable[[str], Guest]) -> None:
+    """Somebody has attached it by hand: who names no address has not that one."""
+    a, b = guests("a"), guests("b")
+    toolstack.attach(net.dom0.store, "vif", a.domid, 0)
+    done = cli(net, "network-attach", b.name)
+    assert done.returncode == 0, done.stderr
+    assert columns(net, b)[0][2].startswith("00:16:3e:")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
