@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import importlib
-import os
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 _SERVED = ("pvdrivers.sim.joined", "pvdrivers.xen.joined")
 """Whose import compiles what `serve` calls, beside the device classes."""
-_BESIDE = ("netback.backend", "pvdrivers.frontends.netfront_tap")
-"""What takes longest, and may be compiled at the same time."""
 _MORE = ("pvdrivers.frontends.blkfront", "pvdrivers.frontends.netfront_tap")
 """What has a warm() of its own, and is not served."""
 
@@ -40,29 +36,11 @@ def run(args: argparse.Namespace) -> int:
         return _warm() if alone else 0
 
 
-def _start(name: str) -> int:
-    """Fill the cache with what one module needs, in a process of its own, which is returned."""
-    child = os.fork()
-    if child == 0:
-        try:
-            importlib.import_module(name).warm()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return child
-
-
 def _warm() -> int:
     began = time.monotonic()
     from pvdrivers import classes
     from rings.jit import JIT, cache_dir
 
-    # What several need is compiled by each; what is theirs alone is most of it. Who is last finds it all in the cache.
-    beside = [_start(name) for name in _BESIDE if JIT and find_spec(name) is not None]
-    importlib.import_module("pvdrivers.worker.control").warm()
-    for child in beside:
-        os.waitpid(child, 0)
     classes.warm(classes.known())  # also those that are served only when they are named
     for name in _SERVED:
         importlib.import_module(name)
