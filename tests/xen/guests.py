@@ -34,10 +34,10 @@ def listed() -> list[tuple[int, str]]:
     return [(int(words[1]), words[0]) for words in lines]
 
 
-def disk(target: str | Path, vdev: str = "xvda", *, mode: str = "rw", **more: str) -> str:
+def disk(target: str | Path, vdev: str = "xvda", *flags: str, mode: str = "rw", **more: str) -> str:
     """A line of xl's disk list for a disk that `pvdrivers serve` finds: no script, and no look at the target."""
     words = {"format": "raw", "vdev": vdev, "access": mode, "backendtype": "phy", "script": "/bin/true", **more}
-    return ",".join([*(f"{key}={value}" for key, value in words.items()), f"target={target}"])
+    return ",".join([*(f"{key}={value}" for key, value in words.items()), *flags, f"target={target}"])
 
 
 def vif(bridge: str, number: int = 1, **more: str) -> str:

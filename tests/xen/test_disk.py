@@ -83,3 +83,31 @@ def test_what_xl_needs_to_take_a_disk_away_is_there(guest: Callable[..., Guest],
     one.xl("block-detach", "xvdb", seconds=INIT_WAIT)
     one.run("while [ -b /dev/xvdb ]; do usleep 100000; done", seconds=20)
     assert read(f"{where}/51728/state") is None, dump(where)
+
+
+def test_what_xl_writes_of_a_disk_is_heeded(guest: Callable[..., Guest], stores: Stores) -> None:
+    """discard-enable, device-type, direct-io-safe, mode: each as its word in xl's line has it."""
+    images = {vdev: stores.file(vdev, 8, random=True) for vdev in ("xvda", "xvdb", "xvdc", "xvdd")}
+    one = guest(
+        disk(images["xvda"]),
+        disk(images["xvdb"], "xvdb", "no-discard"),
+        disk(images["xvdc"], "xvdc", mode="ro", devtype="cdrom"),
+        disk(images["xvdd"], "xvdd", "direct-io-safe"),
+    )
+    back = f"/local/domain/0/backend/vbd/{one.domid}"
+    numbers = dict(zip(images, (51712, 51728, 51744, 51760)))
+    keys = ("discard-enable", "device-type", "direct-io-safe", "mode")
+    said = {vdev: [read(f"{back}/{number}/{key}") for key in keys] for vdev, number in numbers.items()}
+    assert said["xvda"] == ["1", "disk", "0", "w"] and said["xvdb"][0] == "0", said
+    assert said["xvdc"][1] == "cdrom" and said["xvdc"][3] == "r" and said["xvdd"][2] == "1", said
+    for vdev, image in images.items():
+        assert one.run(f"sha256sum < /dev/{vdev}").split()[0] == checksum(image)
+    assert read(f"{back}/{numbers['xvda']}/feature-discard") == "1"
+    assert read(f"{back}/{numbers['xvdb']}/feature-discard") in (None, "0")
+    assert one.run("cat /sys/block/xvdb/queue/discard_max_bytes") == "0"
+    assert one.run("cat /sys/block/xvda/queue/discard_max_bytes") != "0"
+    assert int(read(f"{back}/{numbers['xvdc']}/info") or "0") & 5 == 5  # VDISK_CDROM, VDISK_READONLY
+    assert one.run("cat /sys/block/xvdc/ro") == "1"
+    before = images["xvda"].stat().st_blocks
+    one.run("blkdiscard /dev/xvda", 60)
+    assert images["xvda"].stat().st_blocks < before // 2

@@ -122,6 +122,21 @@ def test_disks_come_and_go(driver: DriverDomain, guest: Callable[..., Guest]) ->
         assert "51728" not in listing(f"{driver.backends()}/{one.domid}"), dump(driver.backends())
 
 
+def test_more_disks_than_a_domain_may_have_transactions(driver: DriverDomain, guest: Callable[..., Guest]) -> None:
+    """xenstored lets a domain other than dom0 have ten open at once: at their making, and when all are taken over."""
+    images = {f"xvd{letter}": driver.image(f"many-{letter}", 1) for letter in "abcdefghijklmn"}
+    one = guest(*(driver.disk(image, vdev) for vdev, image in images.items()))
+    before = driver.log()
+    driver.kill()
+    driver.start()
+    for vdev, image in images.items():
+        one.run(f"dd if=/dev/urandom of=/dev/{vdev} bs=64k count=4 conv=fsync 2>/dev/null", 60)
+        assert one.run(f"sha256sum < /dev/{vdev}").split()[0] == driver.checksum(image)
+    said = driver.log()[len(before) :]
+    assert said.count("taken over from a process that ended") == len(images), said
+    assert "ENOSPC" not in driver.log() and "No space left" not in driver.log() and "EAGAIN" not in said, driver.log()
+
+
 def test_a_guest_is_destroyed_under_io(driver: DriverDomain, guest: Callable[..., Guest]) -> None:
     one = guest(driver.disk(driver.image("disk")))
     domid = one.domid
