@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 
@@ -27,6 +28,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# A shell's background job ignores SIGINT, and so would all that it starts; what has a handler here has none there.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _AT_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 _JIT_OFF = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
