@@ -55,11 +55,10 @@ def _put(ra: int, first: int, n: int) -> None:
 
 @kernel
 def settle(wa: int, ra: int) -> None:
-    """All that is collected is certain from here on: put it into the slots. The push is the caller's."""
+    """All that is collected, which is something, is certain from here on: put it into the slots. The push is the
+    caller's."""
     e: Any = records(ring_at(ra)["end"], 1, RING_END)[0]
     first, n = e["pushed"], distance(e["prod_pvt"], e["pushed"])
-    if n == 0:
-        return
     compiler_barrier()
     records(ring_at(ra)["journal"], 1, ANSWERS)[0]["put"] = _THERE | e["prod_pvt"]
     compiler_barrier()

@@ -155,25 +155,6 @@ def _page_at(ctx, domid: int, gref: int, offset: int) -> int:  # type: ignore[no
 
 
 @inline
-def _ask_for(ctx, domid: int, gref: int) -> None:  # type: ignore[no-untyped-def]
-    """Have what pin() works on brought here. A hint: no gref is checked, as nothing is read."""
-    slot = slot_of(ctx, domid)
-    if slot < 0:
-        return
-    f = records(foreign_at(ctx, slot), 1, FOREIGN)[0]
-    prefetch_to_write(f["active"] + gref * 8)
-    prefetch_to_write(f["grants"] + gref * ENTRY_SIZE)
-    prefetch(f["frames"] + gref * 4)
-
-
-@inline
-def _ask_for_both(ctx, op) -> None:  # type: ignore[no-untyped-def]
-    _ask_for(ctx, np.int64(op["domid"]), np.int64(op["gref"]))
-    if np.int64(op["flags"]) & OP_BETWEEN != 0:
-        _ask_for(ctx, op["address"] >> 48 & 0xFFFF, op["address"] & 0xFFFF_FFFF)
-
-
-@inline
 def _pin_both(ctx, op) -> None:  # type: ignore[no-untyped-def]
     """Pin what a copy is from and to: OP.status. Nothing is pinned if that is no GNTST_okay."""
     readonly = 1 if np.int64(op["flags"]) & OP_TO_GUEST == 0 else 0
@@ -254,8 +235,6 @@ def grant_copy(ctx_at: int, ops: int, n: int, c: int) -> int:
     failed = 0
     for first in range(0, n, _TOGETHER):
         last = min(first + _TOGETHER, n)
-        for i in range(first, last if last - first > 1 else first):
-            _ask_for_both(ctx, records(ops + i * OP_SIZE, 1, GRANT_OP)[0])
         for i in range(first, last):
             _pin_both(ctx, records(ops + i * OP_SIZE, 1, GRANT_OP)[0])
         for i in range(first, last):

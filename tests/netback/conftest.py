@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pvdrivers import sim
+from pvdrivers import daemons, sim
 from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront import Netfront, warm
 from pvdrivers.sim import toolstack
@@ -183,3 +183,25 @@ def several(workers: Daemon) -> Iterator[Net]:
     yield net
     net.end()
     dom0.close()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Net]:
+    """A Xen and a daemon of its own: it is another process in the end."""
+    with subprocess.Popen(
+        [*COMMAND, "sim", "--run-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as xen:
+        assert xen.stdout is not None and xen.stdout.readline().startswith("ready")
+        daemon = Daemon(tmp_path / "run", tmp_path / "log")
+        dom0 = sim.open(tmp_path / "run")
+        net = Net(dom0, tmp_path / "run", daemon)
+        try:
+            yield net
+        finally:
+            net.end()
+            dom0.close()
+            for one in daemons.running(tmp_path / "run"):
+                subprocess.run(["kill", str(one.pid)], check=False)
+            until(lambda: not daemons.running(tmp_path / "run"), 30)
+            daemon._ended()
+            xen.terminate()

@@ -19,7 +19,7 @@ from rings.ring import RING_END, advance, advance_prod, back_end
 from tests.rings.guard import Guarded
 
 from .conftest import Net
-from .test_lives import Traffic, own  # noqa: F401 (a fixture)
+from .test_lives import Traffic
 
 KINDS = {"tx": (256, 12, 4), "rx": (256, 8, 8), "control": (128, 16, 12)}
 """Slots of a ring, bytes of one, and bytes of an answer."""
@@ -119,7 +119,7 @@ def test_a_guest_that_changes_the_indices(kind: str, at: int, requests: int, rsp
 @pytest.mark.parametrize(
     "step", [STEP_COMPLETED, STEP_DONE, STEP_PUT, STEP_PUSHED, STEP_NOTIFIED], ids=lambda step: STEPS[step]
 )
-def test_killed_at_each_step(own: Net, step: int) -> None:  # noqa: F811
+def test_killed_at_each_step(own: Net, step: int) -> None:
     """No packet but what was sent, and no answer that the guests do not expect: theirs is not to notice."""
     a, b = own.guest(), own.guest()
     with Traffic(a, b) as traffic:

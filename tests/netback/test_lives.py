@@ -6,16 +6,14 @@ import itertools
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pvdrivers import daemons, sim
+from pvdrivers import daemons
 from pvdrivers.sim import toolstack
 
-from .conftest import COMMAND, Daemon, Guest, Net, until
+from .conftest import COMMAND, Guest, Net, until
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 
@@ -121,28 +119,6 @@ def test_closed_and_detached_under_traffic(net: Any) -> None:
             assert toolstack.detach(net.dom0.store, b.backend, timeout=20)
             until(lambda: not (net.run_dir / "stats" / b.name).exists())
         traffic.goes_on()
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Net]:
-    """A Xen and a daemon of its own: it is another process in the end."""
-    with subprocess.Popen(
-        [*COMMAND, "sim", "--run-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-    ) as xen:
-        assert xen.stdout is not None and xen.stdout.readline().startswith("ready")
-        daemon = Daemon(tmp_path / "run", tmp_path / "log")
-        dom0 = sim.open(tmp_path / "run")
-        net = Net(dom0, tmp_path / "run", daemon)
-        try:
-            yield net
-        finally:
-            net.end()
-            dom0.close()
-            for one in daemons.running(tmp_path / "run"):
-                subprocess.run(["kill", str(one.pid)], check=False)
-            until(lambda: not daemons.running(tmp_path / "run"), 30)
-            daemon._ended()
-            xen.terminate()
 
 
 def test_upgraded_under_traffic(own: Net) -> None:
