@@ -16,7 +16,8 @@ from pvdrivers.journal import Journal
 from pvdrivers.stats import StatsFile
 from pvdrivers.storage.store import Store, open_store
 from pvdrivers.storage.uri import DiskSpec
-from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
+from pvdrivers.worker.control import RingHandle, Worker
+from pvdrivers.worker.pool import WorkerPool
 from pvdrivers.worker.records import POLICIES, POLICY_COPY, POLICY_MAP, POLICY_PERSISTENT
 from pvdrivers.xenbus import XenbusState
 from rings import blkif

@@ -12,7 +12,8 @@ import numpy as np
 from pvdrivers.capture_memory import CaptureMemory, point_to
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
 from pvdrivers.stats import StatsFile
-from pvdrivers.worker.control import RingHandle, Worker, WorkerPool
+from pvdrivers.worker.control import RingHandle, Worker
+from pvdrivers.worker.pool import WorkerPool
 from pvdrivers.worker.records import V_CLASS
 from pvdrivers.worker.words import store_word
 from rings import netif

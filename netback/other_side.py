@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 from pvdrivers.device import BackKeys, Context
 from pvdrivers.errors import PlatformError
-from pvdrivers.worker.control import WorkerPool
+from pvdrivers.worker.pool import WorkerPool
 
 from .outer import OuterPort
 from .port import LEAST_MTU, MOST_MTU, PortSpec

@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from pvdrivers.errors import ConfigError, PvError
-from pvdrivers.worker.control import Worker, WorkerPool
+from pvdrivers.worker.control import Worker
+from pvdrivers.worker.pool import WorkerPool
 from pvdrivers.worker.words import store_word
 
 from .kept_file import KeptFile

@@ -62,7 +62,7 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
             from pvdrivers import classes
             from pvdrivers.device import Context
             from pvdrivers.storage.locks import Fence
-            from pvdrivers.worker.control import WorkerPool
+            from pvdrivers.worker.pool import WorkerPool
 
             _make(run_dir)
             platform = _platform(args, embedded)

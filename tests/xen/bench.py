@@ -80,11 +80,13 @@ def _wait(guest: Guest, disk: Disk) -> None:
     until(lambda: guest.ask(f"[ -b /dev/{disk.vdev} ]")[0] == 0, 60, f"{disk.name} is in the guest")
 
 
-def fio(guest: Guest, disk: Disk, rw: str, size: str, depth: int, *, seconds: int = 0, requests: int = 0) -> float:
-    """Requests a second that fio got."""
+def fio(
+    guest: Guest, disk: Disk, rw: str, size: str, depth: int, *, seconds: int = 0, requests: int = 0, batch: int = 0
+) -> float:
+    """Requests a second that fio got. It submits `batch` of them at a time, 0: half of the depth."""
     bound = f"--time_based --runtime={seconds}" if seconds else f"--number_ios={requests}"
     # One by one an emulated guest submits more slowly than any backend answers: its queue would never be deep.
-    batch = max(1, depth // 2)
+    batch = batch or max(1, depth // 2)
     bound += f" --iodepth_batch_submit={batch} --iodepth_batch_complete_min={batch}"
     text = guest.run(
         f"fio --name=b --filename=/dev/{disk.vdev} --rw={rw} --bs={size} --iodepth={depth} --ioengine=io_uring"
@@ -104,12 +106,12 @@ def served(guest: Guest, serve: Serve, disk: Disk) -> int:
     return sum(sum(queue["requests"].values()) for device in found for queue in device["queues"])
 
 
-def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int) -> list[str]:
+def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int, batch: int) -> list[str]:
     """A row: what dom0 asked of Xen, and what we asked of Linux, a request."""
-    fio(guest, disk, rw, "4k", DEPTH, requests=requests // 4)  # pages that are kept are mapped by now
+    fio(guest, disk, rw, "4k", DEPTH, requests=requests // 4, batch=batch)  # pages that are kept are mapped by now
     before = served(guest, serve, disk)
     with counting.tracing(Path("/tmp")) as trace, counting.system_calls(serve.process.pid) as calls:
-        fio(guest, disk, rw, "4k", DEPTH, requests=requests)
+        fio(guest, disk, rw, "4k", DEPTH, requests=requests, batch=batch)
     found = counting.count(trace.raw, 0)
     ours = ""
     if n := served(guest, serve, disk) - before:
@@ -117,7 +119,7 @@ def counted(guest: Guest, serve: Serve, disk: Disk, rw: str, requests: int) -> l
         ours = f"{sum(calls.values()) / n:.3f} of {n} ({each})"
     lost = f" ({found.lost} records lost)" if found.lost else ""
     numbers = [found.grant_ops, found.grant_calls, found.event_calls]
-    return [disk.name, rw, *(f"{n / requests:.3f}" for n in numbers), ours + lost]
+    return [disk.name, f"{rw}, {batch} at a time", *(f"{n / requests:.3f}" for n in numbers), ours + lost]
 
 
 def throughput(guest: Guest, rounds: int, seconds: int) -> Iterator[list[str]]:
@@ -183,8 +185,11 @@ def disks(quick: bool) -> str:
     with ExitStack() as stack:
         guest, serve = prepare(stack)
         head = ["disk", "work", "grant operations", "grant hypercalls", "event hypercalls", "system calls of ours"]
-        rows = (counted(guest, serve, d, rw, requests) for rw in ("randread", "randwrite")
-                for d in (OURS, KERNEL, OURS_COPY, OURS_MAP, KERNEL_MAP, QDISK))  # fmt: skip
+        # Half at a time, the guest is at work on one half while a backend is at the other; all at once, it waits.
+        all_at_once = ((d, DEPTH) for d in (OURS, KERNEL))
+        half = ((d, DEPTH // 2) for d in (OURS, KERNEL, OURS_COPY, OURS_MAP, KERNEL_MAP, QDISK))
+        cells = [*half, *all_at_once]
+        rows = (counted(guest, serve, d, rw, requests, batch) for rw in ("randread", "randwrite") for d, batch in cells)
         title = f"Counted, a request: 4 KiB, depth {DEPTH}, one vCPU, {requests} requests, all of dom0"
         text = table(title, head, rows)
         head = ["work", "depth", "ours / xen-blkback", "ours / qdisk", "ours, IOPS"]
