@@ -3,9 +3,9 @@
 All kernels take `u`, the address of a URING record (`Uring.address`), and return 0 or a count, or -errno.
 One thread submits and reaps: the one that called `enable`. User data is any int64 but -1.
 
-Submission is in chunks (`Uring(chunk=)`): a queue_* enters the kernel as soon as that many SQEs are
-pending. A real disk completes in bursts and runs dry if it is fed in bursts, so 4 is best there; for the
-page cache 32 is.
+Submission is in chunks (`Uring(chunk=)`): a queue_* that finds that many SQEs pending enters the kernel with them
+first; so a last chunk goes in with the wait. A real disk completes in bursts and runs dry if it is fed in bursts, so 4
+is best there; for the page cache 32 is.
 
 Completions are counted by `peek` (no system call) or `reap` (one, if the kernel has work to finish for us
 or something is pending), read at `cqe(u, k)`, k from 0, and given back by `advance`. When the completion
@@ -243,20 +243,28 @@ def next_sqe(u: int) -> int:
 
 
 @inline
+def _next_of_chunk(u: int) -> int:
+    """next_sqe(), for what fills a chunk: one that is full goes first. `submit` or `wait` sees an error there."""
+    r = ring_at(u)
+    if r["pending"] - r["joined"] >= r["chunk"]:
+        submit(u)
+    at: int = next_sqe(u)
+    return at
+
+
+@inline
 def _queued(u: int) -> int:
-    """Count the SQE that was just filled; enter when a chunk is full. `submit` or `wait` sees an error there."""
+    """Count the SQE that was just filled."""
     r = ring_at(u)
     r["tail"] = (r["tail"] + 1) & 0xFFFFFFFF
     r["pending"] += 1
-    if r["pending"] - r["joined"] >= r["chunk"]:
-        submit(u)
     return 0
 
 
 @inline
 def queue_nop(u: int, user_data: int) -> int:
     """Nothing, completed with 0: for measurements. 0, or -EAGAIN if the queue is full."""
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -274,7 +282,7 @@ def queue_rw(u: int, opcode: int, fd: int, addr: int, length: int, offset: int, 
     Completes with the bytes moved - fewer at the end of a file - or -errno. 0, or -EAGAIN if the queue is
     full.
     """
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -287,7 +295,7 @@ def queue_rw(u: int, opcode: int, fd: int, addr: int, length: int, offset: int, 
 @inline
 def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
     """fsync(2), or fdatasync(2) with `datasync` 1. It covers only what has completed before it is submitted."""
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -303,7 +311,7 @@ def queue_fsync(u: int, fd: int, datasync: int, user_data: int) -> int:
 @inline
 def queue_fallocate(u: int, fd: int, mode: int, offset: int, length: int, user_data: int) -> int:
     """fallocate(2) with FALLOC_FL_* in `mode`; bytes. On a block device a hole discards or zeroes."""
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -344,7 +352,7 @@ def _queue_poll(u: int, fd: int, user_data: int, kind: int) -> int:
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         return int(add_poll(u, fd, user_data, EPOLLET if kind == IORING_POLL_ADD_MULTI else 0))
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]
@@ -363,7 +371,7 @@ def queue_poll_remove(u: int, fd: int, poll_user_data: int, user_data: int) -> i
     r = ring_at(u)
     if r["kind"] == KIND_THREADS:
         return int(remove_poll(u, fd, poll_user_data, user_data))
-    at = next_sqe(u)
+    at = _next_of_chunk(u)
     if at == 0:
         return -_EAGAIN
     s = records(at, 1, SQE)[0]

@@ -8,33 +8,25 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from .guests import Guest, Job, disk, listed
+from .inside import python, with_project
 from .load import Load, verified
 from .system import dump, listing, read, sh, until
 
 LIBXL_WAITS = 10.0
 """Seconds, for a backend to offer a disk, to close it, and to remove its directory."""
-SET_UP = """
-mount -t tmpfs run /run
-mkdir -p /run/p/image /run/p/up /run/p/work
-mount -t ext4 -o ro,noatime /dev/xvdb /run/p/image
-mount -t overlay -o lowerdir=/run/p/image,upperdir=/run/p/up,workdir=/run/p/work project /opt/pvdrivers
-modprobe -a xen-gntdev xen-evtchn xenfs
-mount -t xenfs xenfs /proc/xen
-"""
 
 
 class DriverDomain:
-    """A guest on dom0's own root disk, which the kernel's xen-blkback serves, with the project and a daemon."""
+    """A guest with the project, and a daemon in it."""
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        guest.run(f"set -e{SET_UP}", 60)
         self.starts = 0
         self.start()
 
     def python(self, words: str) -> str:
         """A shell line that runs the project."""
-        return f". /bed/environment; cd /opt/pvdrivers; python -m pvdrivers {words}"
+        return python(f"-m pvdrivers {words}")
 
     def start(self) -> Job:
         """Start the daemon, again perhaps, and wait until it is ready."""
@@ -71,11 +63,7 @@ class DriverDomain:
 
 @pytest.fixture(scope="module")
 def driver(module_guest: Callable[..., Guest]) -> Iterator[DriverDomain]:
-    sh("modprobe", "xen-blkback")
-    guest = module_guest(
-        "phy:/dev/vda,xvda,r", "phy:/dev/vdb,xvdb,r", root="/dev/xvda", extra="bed.overlay bed.init=/bed/agent",
-        memory=1000, config=["driver_domain=1"],
-    )  # fmt: skip
+    guest = with_project(module_guest, "driver_domain=1")
     yield DriverDomain(guest)
     guest.destroy()
     sh("modprobe", "-r", "xen-blkback")
