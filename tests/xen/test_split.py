@@ -1,4 +1,7 @@
-"""Two daemons in one dom0, split by guests (`serve --domain`): each serves its own, and is not the other's trouble."""
+"""Two daemons in one dom0, split by guests (`serve --domain`) or by classes (`--class`).
+
+Each serves its own, and is not the other's trouble.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import pytest
 
 from pvdrivers.cli.stats import snapshot
 
-from .guests import Guest, disk
+from .guests import Guest, disk, vif
 from .load import verified
 from .serve import Serve
 from .stores import Stores, checksum
 from .system import CommandError, sh, until
+from .test_net import ping, up
 
 PREDECESSOR = 5.0
 """Seconds that a process waits for another's claim before it says so."""
@@ -71,3 +75,32 @@ def test_two_daemons_and_a_guest_each(
         assert both.log.read_text().count(theirs) == 1
     for each, image in zip((one, two), images):
         assert each.run("sha256sum < /dev/xvda").split()[0] == checksum(image)
+
+
+def test_a_daemon_for_disks_and_one_for_networks(
+    guest: Callable[..., Guest], serve: Callable[..., Serve], stores: Stores
+) -> None:
+    """Each is killed and started again while what the other serves goes on."""
+    disks, nets = serve("--class", "vbd"), serve("--class", "vif")
+    one = guest(disk(stores.file("one", 16)), config=[f"vif=['{vif('switch:split', 1)}']"])
+    two = guest(config=[f"vif=['{vif('switch:split', 2)}']"])
+    for number, each in enumerate((one, two), 1):
+        up(each, number)
+    ping(one, "10.0.0.2", 56)
+    pids = {row["device"]: row["pid"] for row in snapshot(disks.run_dir)}
+    assert pids[f"vbd-{one.domid}-51712"] == disks.process.pid
+    assert {pids[f"vif-{each.domid}-0"] for each in (one, two)} == {nets.process.pid}
+    with verified(one, "xvda") as load:
+        log = disks.log.read_text()
+        nets.kill()
+        for _ in range(3):
+            load.wait_progress(seconds=30)
+        assert disks.log.read_text() == log, "the disks' daemon has nothing to say of it"
+        nets.start()
+        ping(one, "10.0.0.2", 56, 9000)
+        log = nets.log.read_text()
+        disks.kill()
+        ping(one, "10.0.0.2", 56, 9000)
+        assert nets.log.read_text() == log
+        disks.start()
+        load.wait_progress()
