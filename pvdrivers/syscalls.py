@@ -36,20 +36,20 @@ NR_READ: Final = _nr(0, 63)
 NR_WRITE: Final = _nr(1, 64)
 NR_MMAP: Final = _nr(9, 222)
 NR_MPROTECT: Final = _nr(10, 226)
+NR_MUNMAP: Final = _nr(11, 215)
+NR_RT_SIGPROCMASK: Final = _nr(14, 135)
 NR_PREAD: Final = _nr(17, 67)
 NR_PWRITE: Final = _nr(18, 68)
 NR_PREADV: Final = _nr(295, 69)
 NR_PWRITEV: Final = _nr(296, 70)
-NR_PREADV2: Final = _nr(327, 286)
-NR_PWRITEV2: Final = _nr(328, 287)
 NR_READV: Final = _nr(19, 65)
 NR_WRITEV: Final = _nr(20, 66)
 NR_IOCTL: Final = _nr(16, 29)
 NR_RECVMSG: Final = _nr(47, 212)
 NR_SCHED_YIELD: Final = _nr(24, 124)
+NR_MSYNC: Final = _nr(26, 227)
 NR_MADVISE: Final = _nr(28, 233)
 NR_GETPID: Final = _nr(39, 172)
-NR_GETTID: Final = _nr(186, 178)
 NR_KILL: Final = _nr(62, 129)
 NR_FSYNC: Final = _nr(74, 82)
 NR_FDATASYNC: Final = _nr(75, 83)
@@ -63,6 +63,8 @@ NR_IO_URING_REGISTER: Final = 427
 
 EAGAIN: Final = errno.EAGAIN
 EBUSY: Final = errno.EBUSY
+EEXIST: Final = errno.EEXIST
+EFAULT: Final = errno.EFAULT
 EINTR: Final = errno.EINTR
 EINVAL: Final = errno.EINVAL
 ENOMEM: Final = errno.ENOMEM
@@ -79,6 +81,7 @@ MAP_ANONYMOUS: Final = 0x20
 MAP_NORESERVE: Final = 0x4000
 MAP_FIXED_NOREPLACE: Final = 0x100000
 MADV_DONTNEED: Final = 4
+MS_ASYNC: Final = 1
 
 EPOLL_EVENT: Final = np.dtype([("events", "u4"), ("data", "u8")], align=not _X86)
 """struct epoll_event: packed to 12 bytes on x86-64, 16 bytes elsewhere."""
@@ -206,12 +209,6 @@ def write(fd: int, addr: int, n: int) -> int:
 
 
 @inline
-def write8(fd: int, addr: int) -> int:
-    """write(2) of the 8 bytes at `addr`, as an eventfd wants them: 8, or -errno."""
-    return syscall(NR_WRITE, fd, addr, 8, 0, 0, 0)
-
-
-@inline
 def eventfd_add(fd: int, value: int) -> int:
     """Add `value` to an eventfd: 8, or -errno (-EAGAIN: its counter is full, so it is readable anyway)."""
     at = _scratch16()
@@ -266,18 +263,6 @@ def pwritev(fd: int, iovecs: int, count: int, offset: int) -> int:
 
 
 @inline
-def preadv2(fd: int, iovecs: int, count: int, offset: int, flags: int) -> int:
-    """preadv2(2); `flags` are RWF_*."""
-    return syscall(NR_PREADV2, fd, iovecs, count, offset, 0, flags)
-
-
-@inline
-def pwritev2(fd: int, iovecs: int, count: int, offset: int, flags: int) -> int:
-    """pwritev2(2); `flags` are RWF_*."""
-    return syscall(NR_PWRITEV2, fd, iovecs, count, offset, 0, flags)
-
-
-@inline
 def fsync(fd: int) -> int:
     """fsync(2): 0 or -errno."""
     return syscall(NR_FSYNC, fd, 0, 0, 0, 0, 0)
@@ -316,6 +301,24 @@ def mmap(addr: int, n: int, protection: int, flags: int, fd: int, offset: int) -
 
 
 @inline
+def munmap(addr: int, n: int) -> int:
+    """munmap(2): 0 or -errno."""
+    return syscall(NR_MUNMAP, addr, n, 0, 0, 0, 0)
+
+
+@inline
+def is_mapped(addr: int, n: int) -> bool:
+    """Whether there is something at every page from `addr` on; it is not touched. msync(2) of MS_ASYNC does no more."""
+    return syscall(NR_MSYNC, addr, n, MS_ASYNC, 0, 0, 0) == 0
+
+
+@inline
+def is_readable(addr: int) -> bool:
+    """Whether 8 bytes there can be read. rt_sigprocmask(2) has read its mask before it sees that `how` is none."""
+    return syscall(NR_RT_SIGPROCMASK, -1, addr, 0, 8, 0, 0) != -EFAULT
+
+
+@inline
 def mprotect(addr: int, n: int, protection: int) -> int:
     """mprotect(2) of whole pages: 0 or -errno."""
     return syscall(NR_MPROTECT, addr, n, protection, 0, 0, 0)
@@ -331,12 +334,6 @@ def madvise(addr: int, n: int, advice: int) -> int:
 def getpid() -> int:
     """The process id."""
     return syscall(NR_GETPID, 0, 0, 0, 0, 0, 0)
-
-
-@inline
-def gettid() -> int:
-    """The thread id."""
-    return syscall(NR_GETTID, 0, 0, 0, 0, 0, 0)
 
 
 @inline

@@ -31,7 +31,7 @@ from .devices import (
     UNMAP_NOTIFY_SEND_EVENT,
     open_device,
 )
-from .grant_window import GRANT_CTX, SLOT_MAPPED, SLOT_TAKEN
+from .grant_window import GRANT_CTX, SLOT_HOLE, SLOT_MAPPED, SLOT_TAKEN
 
 WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
@@ -75,8 +75,8 @@ class Context:
     def close(self) -> None:
         """Unmap everything. Harmless a second time."""
         if self.fd >= 0:
-            # All but what has become somebody else's: the runs between.
-            taken = np.flatnonzero(self._state == SLOT_TAKEN)
+            # All but what has, or may have, become somebody else's: the runs between.
+            taken = np.flatnonzero(np.isin(self._state, (SLOT_TAKEN, SLOT_HOLE)))
             for first, end in zip([0, *(taken + 1)], [*taken, len(self._state)]):
                 if end > first:
                     windows.unmap(self._window + int(first) * PAGE_SIZE, int(end - first) * PAGE_SIZE)
