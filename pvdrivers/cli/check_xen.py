@@ -132,11 +132,11 @@ def _grants(pv: bool) -> Finding:
 
 def _mappings(root: Path, pv: bool) -> Iterator[Finding]:
     """Whether the kernel lets a process map as much as Xen does."""
-    maps, pages = limits.mapping_pages(root), limits.mappable_pages(pv)
-    if maps is None:
+    maps, pages = limits.max_map_count(root), limits.mappable_pages(pv)
+    if (ours := limits.mapping_pages(maps)) is None:
         return
-    text = f"{maps} pages in one process (vm.max_map_count={maps + limits.OWN_MAPPINGS}, of which it wants some itself)"
-    if maps >= pages:
+    text = f"{ours} pages in one process (vm.max_map_count={maps}: two for each, and some that it wants itself)"
+    if ours >= pages:
         yield Finding("xen mappings", True, text)
     else:
         advice = "copy examples/dom0/sysctl-pvdrivers.conf to /etc/sysctl.d, sysctl --system, and restart the service"

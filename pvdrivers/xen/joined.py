@@ -39,7 +39,7 @@ class XenPlatform:
         self.grants: GrantTable = self._grants
         self.pages: GuestPages = self._pages
         self.grant_pages: int | None = limits.mappable_pages(pv)
-        self.mapping_pages = limits.mapping_pages()
+        self.mapping_pages = limits.mapping_pages(limits.max_map_count())
 
     def prepare(self, domid: int) -> None:
         """Nothing to do: gntdev maps pages of any domain."""

@@ -2,8 +2,8 @@
 
 A mapped grant takes one maptrack handle of Xen, or two in a PV domain (gntdev maps the page for the process and for the
 kernel). Xen keeps MAPTRACK_PER_FRAME handles in a frame, and `gnttab_max_maptrack_frames` is 1024 by default:
-xen/common/grant_table.c. And a mapping, which may be of one page, is one of vm.max_map_count that the kernel lets a
-process have.
+xen/common/grant_table.c. And a mapping is one of vm.max_map_count that the kernel lets a process have: it may be of one
+page, and the hole beside it is another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ DEFAULT_MAPTRACK_FRAMES = 1024
 PARAMETER = "gnttab_max_maptrack_frames"
 MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
 OWN_MAPPINGS = 2048
-"""Of a process, for itself: its program, threads, io_urings, and holes between pages of guests."""
+"""Of a process, for itself: its program, threads, io_urings."""
+_MAPPINGS_OF_A_PAGE = 2
+"""At worst: the pages of a guest, and what is free, by turns."""
 _OURS = 0.75
 """Of the handles: the kernel's own backends want some, too."""
 
@@ -49,9 +51,14 @@ def mappable_pages(pv: bool) -> int:
     return int(maptrack_frames() * MAPTRACK_PER_FRAME * _OURS) // (2 if pv else 1)
 
 
-def mapping_pages(root: Path = Path("/")) -> int | None:
-    """Pages that one process may have mapped if each is a mapping of its own, None if that is not told."""
+def max_map_count(root: Path = Path("/")) -> int | None:
+    """Mappings that one process may have, None if that is not told."""
     try:
-        return max(int((root / MAX_MAP_COUNT.lstrip("/")).read_text()) - OWN_MAPPINGS, 0)
+        return int((root / MAX_MAP_COUNT.lstrip("/")).read_text())
     except (OSError, ValueError):
         return None
+
+
+def mapping_pages(maps: int | None) -> int | None:
+    """Pages that a process with so many mappings may have mapped, wherever they lie in its windows."""
+    return None if maps is None else max(maps - OWN_MAPPINGS, 0) // _MAPPINGS_OF_A_PAGE
