@@ -13,7 +13,7 @@ from errno import EAGAIN, EINTR, EIO
 from typing import Any
 
 from pvdrivers.iovec import IOVEC_SIZE, iovec_at
-from pvdrivers.storage.constants import STORE_FILE, STORE_MEMORY
+from pvdrivers.storage.constants import PUNCH_HOLE, STORE_FILE, STORE_MEMORY
 from pvdrivers.storage.uring import (
     IORING_OP_READ,
     IORING_OP_READV,
@@ -34,7 +34,6 @@ from rings.jit import inline, kernel
 
 from .records import K_BARRIER, K_DISCARD, K_FLUSH, K_READ, K_SECURE, blk_at, disk_at
 
-_PUNCH_HOLE_KEEP_SIZE = 2 | 1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _MAX_RETRIES = 64
 _IOV_MAX = 1024  # the kernel refuses more (EINVAL); an indirect request may have 4096 segments
 
@@ -149,7 +148,7 @@ def _start_discard(wa: int, qa: int, da: int) -> None:
     offset, length = blk["sector"] << 9, blk["nr_sectors"] << 9
     if disk["store"] == STORE_FILE and length > 0:
         u = worker_at(wa)["uring"]
-        _queue(wa, qa, queue_fallocate(u, disk["fd"], _PUNCH_HOLE_KEEP_SIZE, offset, length, qa))
+        _queue(wa, qa, queue_fallocate(u, disk["fd"], PUNCH_HOLE, offset, length, qa))
         return
     if disk["store"] == STORE_MEMORY:
         # A piece a pass: the whole of a large disk at once would hold up every other guest of this worker.

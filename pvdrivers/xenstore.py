@@ -306,26 +306,6 @@ class XenStoreClient(DomainRequests, Closing):
         if self._next("EVENTS", "") is not None:
             raise self._lost(errno.EPROTO, "EVENTS", "", "a reply to something that was not asked")
 
-    def wait_events(self, timeout: float | None = None) -> list[tuple[str, str]]:
-        """events(), waiting up to `timeout` seconds (None: for ever) for the first; [] when none came."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            taken = self.events()
-            if taken:
-                return taken
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return []
-            self._epoll.poll(left)
-
-    def reset_watches(self) -> None:
-        """Drops this connection's watches and transactions, and the events that are queued here."""
-        with self._lock:
-            self._talk(wire.XS_RESET_WATCHES, b"\0")
-            if self._events:
-                os.eventfd_read(self._queued)
-                self._events.clear()
-
     # Transactions
 
     def transaction_start(self) -> int:

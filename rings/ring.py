@@ -49,7 +49,6 @@ __all__ = [
     "push",
     "push_quiet",
     "put",
-    "put_part",
     "ring_entries",
     "room",
     "slot",
@@ -261,14 +260,6 @@ def put(end: int, message: int) -> None:
     """Copy one message of entry_size bytes into the next slot. The caller has seen room(end) > 0."""
     e = records(end, 1, RING_END)[0]
     copy_bytes(slot(end, e["prod_pvt"]), message, e["entry_size"])
-    advance_prod(end, 1)
-
-
-@inline
-def put_part(end: int, message: int, size: int) -> None:
-    """Copy one message of `size` <= entry_size bytes into the next slot; the rest of the slot stays."""
-    e = records(end, 1, RING_END)[0]
-    copy_bytes(slot(end, e["prod_pvt"]), message, size)
     advance_prod(end, 1)
 
 

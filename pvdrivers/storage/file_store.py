@@ -20,8 +20,9 @@ from typing import Final
 
 from pvdrivers.errors import ConfigError, DeviceBusyError, StoreError
 
+from .constants import PUNCH_HOLE, STORE_FILE
 from .locks import Fence, Locks, Patience
-from .store import FALLOC_PUNCH_HOLE, STORE_FILE, Store
+from .store import Store
 from .uri import MAX_SIZE, DiskSpec, size_text
 
 __all__ = ["FileStore"]
@@ -148,7 +149,6 @@ class FileStore(Store):
             memory, offset = _direct_alignment(self.fd, self._device_sector)
             if 0 < offset <= self.sector_size and memory <= _MAX_MEMORY_ALIGNMENT:
                 self.direct = True
-                self.memory_alignment = memory
                 self.submit_chunk = 32 if _file_system(self.fd) == _TMPFS_MAGIC else 4
                 return
             if spec.direct == "yes":
@@ -284,7 +284,7 @@ def _sysfs(path: str) -> int:
 def _punch(fd: int, offset: int, length: int) -> bool:
     """fallocate(2) of a hole: did it work?"""
     fallocate = _LIBC.fallocate64 if hasattr(_LIBC, "fallocate64") else _LIBC.fallocate
-    arguments = (fd, FALLOC_PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
+    arguments = (fd, PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
     return bool(fallocate(*arguments) == 0)
 
 

@@ -56,8 +56,6 @@ _HINT: Final = "end that, or share the image by mode=r for all or by mode=w!"
 _PF_EXITING: Final = 0x4  # proc(5), stat, field 9 (flags); include/linux/sched.h
 _SIGKILL_BIT: Final = 1 << (9 - 1)
 
-Progress = Callable[[str, float], None]
-
 
 class DrainingError(DeviceBusyError):
     """The I/O of a process that has ended is still under way. Try again later; nothing else is wrong."""
@@ -137,16 +135,15 @@ def _running(pid: int) -> bool:
 class Patience:
     """How long to wait for a lock: a moment for anyone, until the deadline for a predecessor that has ended."""
 
-    def __init__(self, recover: bool, timeout: float, progress: Progress | None) -> None:
+    def __init__(self, recover: bool, timeout: float) -> None:
         self.recover = recover
         self.start = time.monotonic()
         self.timeout = timeout
-        self.progress = progress
-        self._told = self._asked = self.start
+        self._asked = self.start
         self._running = False
         self._pause = 0.005
 
-    def more(self, what: str, running: Callable[[], bool] = lambda: False) -> bool:
+    def more(self, running: Callable[[], bool] = lambda: False) -> bool:
         """Wait a little and return True, or return False when the time is over.
 
         `running`: does a live process hold it? Asked once a second; then there is nothing to wait for.
@@ -160,9 +157,6 @@ class Patience:
             limit = min(limit, _ALIVE_S)
         if now - self.start >= limit:
             return False
-        if self.progress is not None and self.recover and now - self._told >= 1.0:
-            self._told = now
-            self.progress(f"waiting for {what}", now - self.start)
         time.sleep(min(self._pause, self.start + limit - now))
         self._pause = min(self._pause * 1.5, 0.1)
         return True
@@ -233,7 +227,7 @@ class Locks:
         """Is there a lock of somebody else's? Then wait a little. Raises as `acquire` does."""
         trouble = self._take_fence() or self._take_flock()
         if trouble is None:
-            return patience.more(f"exclusive use of {self.path}")
+            return patience.more()
         self._give_up_unless(patience, trouble)
         return True
 
@@ -255,7 +249,7 @@ class Locks:
 
     def _give_up_unless(self, patience: Patience, trouble: Trouble) -> None:
         """Wait a little. Raises DeviceBusyError or DrainingError when it has been long enough."""
-        if patience.more(f"{trouble.text} on {self.path}", lambda: bool(self._running_holders(trouble))):
+        if patience.more(lambda: bool(self._running_holders(trouble))):
             return
         running = self._running_holders(trouble)
         if running:

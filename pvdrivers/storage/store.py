@@ -19,7 +19,7 @@ from pvdrivers.closing import Closing
 from pvdrivers.errors import ConfigError, StoreError
 
 from .constants import STORE_FILE, STORE_MEMORY, STORE_NULL
-from .locks import DrainingError, Fence, Locks, Patience, Progress
+from .locks import DrainingError, Fence, Locks, Patience
 from .software_pool import address
 from .uri import DiskSpec, size_text
 
@@ -34,12 +34,6 @@ __all__ = [
     "open_store",
 ]
 
-MAX_TRANSFER: Final = 0x7FFFF000
-"""Linux moves at most so many bytes in one read or write (MAX_RW_COUNT, with 4 KiB pages)."""
-
-FALLOC_PUNCH_HOLE: Final = 0x01 | 0x02
-"""FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE: what discard does, to files, memory and block devices alike."""
-
 DRAIN_TIMEOUT: Final = 30.0
 
 
@@ -51,9 +45,7 @@ class Store(Closing):
     address: int = 0
     """Where a memory store is mapped; 0 for others."""
     direct: bool = False
-    """I/O goes past the page cache: offset and length in `sector_size`, addresses in `memory_alignment`."""
-    memory_alignment: int = 1
-    """Bytes; buffers for I/O begin at a multiple of it."""
+    """I/O goes past the page cache: offset and length in `sector_size`, addresses in 512 bytes."""
     physical_sector_size: int = 512
     can_flush: bool = True
     flush_is_needed: bool = False
@@ -62,9 +54,6 @@ class Store(Closing):
     can_secure_discard: bool = False
     discard_granularity: int = 0
     discard_alignment: int = 0
-    discard_mode: int = FALLOC_PUNCH_HOLE
-    """FALLOC_FL_* for `queue_fallocate`."""
-    max_transfer: int = MAX_TRANSFER
     submit_chunk: int = 32
     """What is best for Uring(chunk=): 4 for a disk, 32 for memory and the page cache."""
 
@@ -190,21 +179,19 @@ def open_store(
     identity: str,
     recover: bool = False,
     timeout: float = DRAIN_TIMEOUT,
-    progress: Progress | None = None,
     fence: Fence | None = None,
 ) -> Store:
     """Open what `spec` says, lock it, and find out what it can do.
 
     `identity` names the device (one string for one virtual disk of one guest): its fence, and the file of a
     memory store. With `recover` the disk was served before by a process that has ended: its I/O is waited
-    for, up to `timeout` seconds (0: not at all), with a call of `progress(what, seconds)` every second; a
-    memory store is taken over. `fence` is this process's, for file systems without locks: without it, a disk there
-    does not wait.
+    for, up to `timeout` seconds (0: not at all); a memory store is taken over. `fence` is this process's, for file
+    systems without locks: without it, a disk there does not wait.
 
     Raises StoreError, DeviceBusyError (somebody uses it), DrainingError (the predecessor's I/O is still
     under way: call again), ConfigError (an option that this store cannot have).
     """
-    patience = Patience(recover, timeout, progress)
+    patience = Patience(recover, timeout)
     if spec.scheme == "null":
         return NullStore(spec)
     if spec.scheme == "memory":

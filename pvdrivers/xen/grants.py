@@ -31,7 +31,7 @@ from .devices import (
     UNMAP_NOTIFY_SEND_EVENT,
     open_device,
 )
-from .grant_window import GRANT_CTX, SLOT_HOLE, SLOT_MAPPED, SLOT_TAKEN
+from .grant_window import GRANT_CTX, SLOT_HOLE, SLOT_TAKEN
 
 WINDOW_PAGES = 1 << 17
 """Pages that one worker may have mapped at once: more than Xen's default of handles allows all of them."""
@@ -67,10 +67,6 @@ class Context:
         row["order"], row["small"], row["most"] = self._order.ctypes.data, self._small.ctypes.data, MOST_OPS
         row["single"] = whole
         self.address = int(self._record.ctypes.data)
-
-    def mapped(self) -> int:
-        """How many pages are mapped through this context."""
-        return int((self._state == SLOT_MAPPED).sum())
 
     def close(self) -> None:
         """Unmap everything. Harmless a second time."""
@@ -137,10 +133,6 @@ class XenGrantTable:
         context = Context(whole=self._whole)
         self._workers.append(context)
         return context.address
-
-    def mapped(self) -> int:
-        """Pages that the workers have mapped."""
-        return sum(context.mapped() for context in self._workers)
 
     def map(self, domid: int, grefs: Sequence[int], *, readonly: bool = False) -> XenMapping:
         """Map `grefs` of `domid` into one contiguous range. Raises PlatformError naming gref and status."""

@@ -75,16 +75,8 @@ def test_writes_of_the_dead_land_before_ours(slow: tuple[str, Path], kind: str, 
     killed_with_requests_under_way(text, kind, group)
     with pytest.raises(DrainingError, match="is still held"):
         open_store(spec, run_dir="/nonexistent", identity="vbd/1/51712", recover=True, timeout=0)
-    told: list[str] = []
     start = time.monotonic()
-    with open_store(
-        spec,
-        run_dir="/nonexistent",
-        identity="vbd/1/51712",
-        recover=True,
-        timeout=40,
-        progress=lambda what, seconds: told.append(what),
-    ) as store:
+    with open_store(spec, run_dir="/nonexistent", identity="vbd/1/51712", recover=True, timeout=40) as store:
         waited = time.monotonic() - start
         before = landed(device)
         assert store.fd >= 0
@@ -92,7 +84,7 @@ def test_writes_of_the_dead_land_before_ours(slow: tuple[str, Path], kind: str, 
     assert landed(device) == before, "a write of the dead process landed after we began"
     if kind == "io_uring":
         assert before == REQUESTS
-        assert waited > 0.5 and told
+        assert waited > 0.5
     _reap()
 
 

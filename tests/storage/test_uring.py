@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvdrivers.storage import uring
+from pvdrivers.storage.constants import PUNCH_HOLE
 from pvdrivers.storage.uring import (
     IORING_CQE_F_MORE,
     IORING_OP_READ,
@@ -27,7 +28,6 @@ from pvdrivers.storage.uring import (
 
 from .driver import NEVER, SECOND, Memory, open_ring, result, take, take_all, wait
 
-PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 UNIT = 512
 SIZE = 1 << 16
 

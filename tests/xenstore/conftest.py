@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import select
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,14 @@ import pytest
 from pvdrivers import xs_wire as wire
 from pvdrivers.sim.xenstore import Quotas, XenStoreServer
 from pvdrivers.xenstore import XenStoreClient
+
+
+def heard(store: XenStoreClient, seconds: float) -> list[tuple[str, str]]:
+    """The events of a client, as a loop takes them; [] if none comes in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (events := store.events()) and (left := deadline - time.monotonic()) > 0:
+        select.select([store.fileno()], [], [], left)
+    return events
 
 
 class Peer:

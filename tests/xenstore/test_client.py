@@ -17,6 +17,7 @@ import pytest
 
 from pvdrivers import xs_wire as wire
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
+from tests.xenstore.conftest import heard
 from tests.xenstore.device import XenbusDevice
 
 
@@ -70,10 +71,10 @@ def test_watches(served: Any) -> None:
     with served.client() as store, served.client() as other:
         assert store.events() == []
         store.watch("/w", "token")
-        assert store.wait_events(5) == [("/w", "token")]
-        assert store.wait_events(0.01) == []
+        assert heard(store, 5) == [("/w", "token")]
+        assert heard(store, 0.01) == []
         other.write("/w/x", 1)
-        assert store.wait_events(5) == [("/w/x", "token")]
+        assert heard(store, 5) == [("/w/x", "token")]
         store.write("/w/y", 1)  # its event comes before its reply
         assert select.select([store.fileno()], [], [], 0)[0], "an event that was queued meanwhile"
         assert store.events() == [("/w/y", "token")]
@@ -82,24 +83,22 @@ def test_watches(served: Any) -> None:
         with pytest.raises(XenStoreError) as caught:
             store.unwatch("/w", "token")
         assert caught.value.errno == errno.ENOENT
-        store.watch("/w", "t")
-        store.reset_watches()
-        assert store.wait_events(0.05) == []
+        assert heard(store, 0.01) == []
 
 
 def test_waiting_in_one_thread_while_another_works(served: Any) -> None:
     with served.client() as store:
         store.watch("/w", "t")
         store.events()
-        heard: list[tuple[str, str]] = []
-        waiter = threading.Thread(target=lambda: heard.extend(store.wait_events(10)))
+        came: list[tuple[str, str]] = []
+        waiter = threading.Thread(target=lambda: came.extend(heard(store, 10)))
         waiter.start()
         begun = time.monotonic()
         for i in range(50):
             store.write("/elsewhere", i)
         store.write("/w/x", 1)
         waiter.join(10)
-        assert heard == [("/w/x", "t")]
+        assert came == [("/w/x", "t")]
         assert time.monotonic() - begun < 5
 
 
@@ -294,14 +293,14 @@ def test_a_watch_that_the_kernels_device_refuses(served: Any, monkeypatch: pytes
         device = XenbusDevice(served, 5, stack, monkeypatch)
         store = device.connect()
         store.watch("/a", "one")
-        assert store.wait_events(5) == [("/a", "one")]
+        assert heard(store, 5) == [("/a", "one")]
         device.watches, device.refusal = 1, number
         with pytest.raises(XenStoreError, match="WATCH /b") as caught:
             store.watch("/b", "two")
         assert caught.value.errno == number
         assert store.ls("/a") == [], "the connection is as good as before"
         dom0.write("/a/x", "1")
-        assert store.wait_events(5) == [("/a/x", "one")]
+        assert heard(store, 5) == [("/a/x", "one")]
         store.unwatch("/a", "one")
         store.watch("/b", "two")
 
