@@ -109,8 +109,7 @@ class MemoryStore(Store):
         self.path = run_dir / memory_name(identity)
         self._map: mmap.mmap | None = None
         try:
-            self.fd = self._open(recover, patience)
-            self._map = mmap.mmap(self.fd, self.size)
+            self.fd, self._map = self._open(recover, patience)
         except OSError as e:
             raise StoreError(f"{self.path}: memory for {spec.uri}: {e.strerror}; is {run_dir} writable?") from e
         self.address = address(self._map)
@@ -119,7 +118,7 @@ class MemoryStore(Store):
         self.can_secure_discard = self.can_discard
         self.discard_granularity = 4096
 
-    def _open(self, recover: bool, patience: Patience) -> int:
+    def _open(self, recover: bool, patience: Patience) -> tuple[int, mmap.mmap]:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             fd = os.open(self.path, flags if recover else flags | os.O_CREAT, 0o600)
@@ -137,10 +136,10 @@ class MemoryStore(Store):
             if not recover:
                 os.ftruncate(fd, 0)  # what a backend left that was not closed in order
             self._reserve(fd)
+            return fd, mmap.mmap(fd, self.size)
         except BaseException:
-            os.close(fd)
+            os.close(fd)  # and the lock with it: it is tried again
             raise
-        return fd
 
     def _reserve(self, fd: int) -> None:
         try:

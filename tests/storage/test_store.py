@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -133,6 +134,19 @@ def test_memory_is_served_once(opened: Any) -> None:
     opened("memory:1M")
     with pytest.raises(DeviceBusyError, match="in use"):
         opened("memory:1M")
+
+
+def test_memory_that_cannot_be_mapped_stays_free(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lock is left on it: the disk is opened as soon as there are mappings again."""
+
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmap.mmap", refuses)
+        with pytest.raises(StoreError, match="memory for memory:1M: Cannot allocate memory"):
+            opened("memory:1M")
+    assert opened("memory:1M").size == 1 << 20
 
 
 @pytest.mark.root
