@@ -187,7 +187,7 @@ class Life:
         if self._fresh:
             wanted = adopt(ours, theirs, online)
         else:
-            wanted = step(Role.BACK, ours, theirs, online, before=self._before)
+            wanted = step(Role.BACK, ours, theirs, online, before=self._before, connected=self.connected)
         if wanted.action in _COSTLY and not self._pace.take_connect((ours, theirs)):
             return False
         if wanted.action is not Action.RECONNECT:  # or, if that fails, the table would see nothing left to do

@@ -111,6 +111,8 @@ _BACK_NOTES = """\
   for ever; here the rings, which are in pages of the old kernel, are dropped and the device is offered again.
 * Connected, Initialised is the moment before the frontend's own Connected. If the frontend had been seen
   Connected before, it has published new rings: reconnect.
+* Connected, Connected (or Initialised) where nothing is connected, as new rings could not be used when they came and
+  their frontend went on: reconnect, or it would wait for ever.
 * Closed, Initialised or Connected: a frontend that skipped Initialising is offered the device again.
 * Unknown while the domain is there: closed and kept, so that a frontend directory that comes back connects.
   Linux and tapback remove the device; a toolstack that then unplugs it would wait for a state that never
@@ -231,15 +233,17 @@ def step(
     online: bool = True,
     *,
     before: XenbusState | None = None,
+    connected: bool = True,
 ) -> Step:
     """What an end does that is in state `ours` when the other is in `theirs`.
 
     `online`: the device is to stay; for a frontend, it is wanted. `before`: the other end's state when it was
     last looked at, which tells a frontend that went back to Initialised from one that has not gone on yet.
+    `connected`: a backend that is Connected really is.
     """
-    went_back = before is S.Connected and theirs is S.Initialised
-    if role is Role.BACK and online and ours is S.Connected and went_back:
-        return Step(S.Connected, Action.RECONNECT)
+    if role is Role.BACK and online and ours is S.Connected and theirs in (S.Initialised, S.Connected):
+        if not connected or (before is S.Connected and theirs is S.Initialised):
+            return Step(S.Connected, Action.RECONNECT)
     return TABLE[role, online][ours, theirs]
 
 

@@ -198,6 +198,24 @@ def test_new_rings_when_memory_is_short(bed: Bed) -> None:
     assert life.connected and disk.calls == ["disconnect", "connect", "connect"]
 
 
+@pytest.mark.parametrize("state", [S.Connected, S.Initialised])
+def test_new_rings_when_memory_is_short_and_the_frontend_goes_on(bed: Bed, state: S) -> None:
+    """It sees us Connected, as we were: nobody tells it that its rings are not used yet."""
+    guest, life, disk = bed.connected()
+    disk.troubles["connect"] = [PlatformError("no handles left")] * 4
+    guest.say(S.Initialised, ring_ref=80)
+    life.handle_frontend_change()
+    guest.say(state)
+    life.handle_frontend_change()
+    assert not life.connected and 1 <= disk.calls.count("connect") <= 3, "it is not tried all the time"
+    bed.control.pass_time(10)
+    assert life.connected and guest.state() == S.Connected and guest.error() is None
+    assert disk.front is not None and disk.front.int_key("ring-ref", None, 0, 999) == 80
+    calls = len(disk.calls)
+    life.handle_frontend_change()
+    assert len(disk.calls) == calls
+
+
 def test_a_resize(bed: Bed) -> None:
     guest, life, disk = bed.connected()
     disk.sectors = 200

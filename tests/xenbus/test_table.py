@@ -88,6 +88,15 @@ def test_a_frontend_that_goes_back_to_initialised_is_connected_anew() -> None:
     assert step(Role.BACK, S.Connected, S.Initialised, online=False, before=S.Connected).state is S.Closing
 
 
+def test_a_backend_that_is_connected_in_name_only_connects() -> None:
+    for theirs in ACTIVE:
+        assert step(Role.BACK, S.Connected, theirs, connected=False) == (S.Connected, A.RECONNECT)
+    for ours, theirs in ALL:
+        if ours is not S.Connected or theirs not in ACTIVE:
+            assert step(Role.BACK, ours, theirs, connected=False) == step(Role.BACK, ours, theirs)
+        assert step(Role.BACK, ours, theirs, False, connected=False) == step(Role.BACK, ours, theirs, False)
+
+
 def test_offline_ends_in_removal() -> None:
     for ours, theirs in ALL:
         found = step(Role.BACK, ours, theirs, online=False)
