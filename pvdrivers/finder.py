@@ -93,20 +93,23 @@ class Finder:
             self._discover(name)
 
     def watch_front(self, life: Life) -> None:
-        """Hear of a frontend's state; where xenstore has no watch left, look at it every second."""
+        """Hear of a frontend's state; where xenstore has no watch left, or refuses one, look at it every second."""
         try:
             self._watch(f"{life.ident.frontend_path}/state", f"front {life.ident}")
         except OSError as e:
-            if e.errno not in QUOTA:
+            if connection_lost(e):
                 raise
-            if not self._told_quota:
+            quota = e.errno in QUOTA
+            if quota and not self._told_quota:
                 self._told_quota = True
                 log.error(
                     "%s: no watch is left (%s): it and those that come after are looked at every second; a domain has"
                     " 128 by default, xenstored -W or quota-maxwatch in oxenstored.conf gives it more", life.ident, e
                 )  # fmt: skip
             self.unwatched[key_of(life.ident)] = life
-            life.troubles.add("unwatched", "no watch is left for it: it is looked at every second", logging.DEBUG)
+            why = "no watch is left for it" if quota else f"its frontend cannot be watched ({e})"
+            level = logging.DEBUG if quota else logging.ERROR  # of a quota the log has heard
+            life.troubles.add("unwatched", f"{why}: it is looked at every second", level)
             if self._poll is None:
                 self._poll = self._host.later(POLL_SECONDS, self._look_at_unwatched)
         else:
@@ -118,7 +121,7 @@ class Finder:
             try:
                 self._watch(f"{life.ident.frontend_path}/{key}", f"live {life.ident}")
             except OSError as e:
-                if e.errno not in QUOTA:
+                if connection_lost(e):
                     raise
                 log.debug("%s: %s", life.ident, e)  # then it holds from the next connection on
 

@@ -17,6 +17,7 @@ _NODE = "/local/domain/{domid}/data/pvdrivers/incarnation"
 
 def incarnation(store: XenStore, domid: int) -> bytes:
     """A word that stays as long as the store does; whoever finds none writes one. Empty if that is not allowed.
+    The control thread asks, and waits for no other's transaction.
 
     Raises OSError when the connection is lost.
     """
@@ -30,7 +31,7 @@ def incarnation(store: XenStore, domid: int) -> bytes:
         return word
 
     try:
-        return bytes(store.transaction(find))
+        return bytes(store.transaction(find, wait=False))
     except OSError as e:
         if connection_lost(e):
             raise

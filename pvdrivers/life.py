@@ -30,6 +30,7 @@ _MOST_STEPS = 16  # in one go; the handshake of a reconnect takes five
 _COSTLY = {Action.ADVERTISE, Action.CONNECT, Action.RECONNECT, Action.RECOVER, Action.RECONFIGURE}
 _OF_RINGS = ("grants", "events", "io", "port", "stalled")  # troubles of rings that are no more
 _DRAINING_SECONDS = 0.5  # until such a disk is opened again, however long it has taken: its guest waits
+_NOT_REFRESHED = "not refreshed: "
 _MAY_PASS = (PvError, OSError, MemoryError)  # but for what only the operator can change: ConfigError
 
 
@@ -295,7 +296,7 @@ class Life:
         if published:
             self._owed = None
             if wanted.action is not Action.SAY:
-                self._note("taken over from a process that ended" if recovered else wanted.state.name)
+                self._pace.note(self.ident, "taken over from a process that ended" if recovered else wanted.state.name)
         self._fresh = False
         self._before = theirs
         self._control.changed(self)
@@ -331,16 +332,16 @@ class Life:
     def _refreshed(self, keys: Publish | None, error: BaseException | None) -> None:
         if error is not None:
             self._refresh |= isinstance(error, XenStoreError) and connection_lost(error)
-            self.nodes.report(f"not refreshed: {error}")
-        elif keys:
+            return self.nodes.report(f"{_NOT_REFRESHED}{error}")
+        if keys:
             self._owed = {**(self._owed or {}), **keys}  # the device says it once; the look that follows writes it
-        if error is None and "port" in self.troubles.now:
+        if "port" in self.troubles.now or self.nodes.reported.startswith(_NOT_REFRESHED):
             self.troubles.over("port")
             self.nodes.clear_report()
 
     def _closed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
         if self._publish(ours, {}, state):
-            self._note(state.name)
+            self._pace.note(self.ident, state.name)
         self._fresh = False
 
     def _removed(self, ours: XenbusState, state: XenbusState, _: Any, error: BaseException | None) -> None:
@@ -380,10 +381,6 @@ class Life:
         if published and state is not None:
             self._went(state)
         return published
-
-    def _note(self, text: str) -> None:
-        if self._pace.take_note():
-            log.info("%s: %s", self.ident, text)
 
     def _went(self, state: XenbusState) -> None:
         """Our state is this one now."""

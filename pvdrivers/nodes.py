@@ -52,6 +52,7 @@ class Nodes:
         """Whether the kernel's own backend has this device: who finds devices knows."""
         self._control = control
         self._errors = 0  # that were for the log
+        self._written = True  # what was reported: not if the connection broke over it
         self._published: set[str] = set()
         self._lost = False  # our directory was not removed, but xenstored has forgotten everything
 
@@ -170,10 +171,11 @@ class Nodes:
 
     def report(self, text: str, *, hotplug: bool = False, logged: bool = False) -> None:
         """Tell the operator, once for each text: in the log, where Linux does, and to libxl if `hotplug`."""
-        if text == self.reported:
+        known, self.reported = text == self.reported, text
+        if known and self._written:
             return
-        self.reported = text
-        if not logged:
+        self._written = False
+        if not (logged or known):
             # A guest can fail in ever new words, by another gref each time: the log hears ever more rarely of it.
             self._errors += 1
             if self._errors <= _IN_FULL or self._errors & (self._errors - 1) == 0:
@@ -191,6 +193,7 @@ class Nodes:
                 if connection_lost(e):
                     raise
                 log.debug("%s: %s", self.ident, e)
+        self._written = True
 
     def clear_report(self) -> None:
         """What was reported is over."""

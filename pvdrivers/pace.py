@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeAlias
 
 from .control import Backoff, Control, TokenBucket
 from .xenbus import XenbusState
+
+log = logging.getLogger("pvdrivers.device")
 
 EVENTS = (32.0, 128.0)
 """Events of a frontend that are looked at: a second, and at once. A boot with firmware takes about ten."""
@@ -47,9 +50,10 @@ class Pace:
         self.hold(pair, QUIET_SECONDS)
         return False
 
-    def take_note(self) -> bool:
-        """Whether a line in the log is in order."""
-        return self._notes.take()
+    def note(self, name: object, text: str) -> None:
+        """A line in the log about what is ordinary, if one is in order."""
+        if self._notes.take():
+            log.info("%s: %s", name, text)
 
     def hold(self, pair: Pair, seconds: float | None = None) -> None:
         """What was done in this pair of states is done again in `seconds`, or each time twice as late."""

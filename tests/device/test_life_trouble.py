@@ -10,6 +10,7 @@ from pvdrivers.device import NotRecoverable
 from pvdrivers.errors import ConfigError, PlatformError, ProtocolViolation, StoreError
 from pvdrivers.storage.locks import DrainingError
 from pvdrivers.xenbus import XenbusState as S
+from pvdrivers.xenstore import XenStoreError
 from tests.device.bed import Bed
 
 # Trouble behind the device
@@ -48,6 +49,41 @@ def test_a_guest_does_not_fill_the_log_with_new_words(bed: Bed, caplog: pytest.L
     assert len(lines) == 8 + 5
     assert lines[-1].endswith("grant reference 255 of domain 7 cannot be mapped (256 errors so far)")
     assert str(guest.error()).endswith("grant reference 299 of domain 7 cannot be mapped"), "xenstore has them all"
+
+
+@pytest.mark.parametrize("node", ["error/backend", "hotplug-error", "hotplug-status"])
+def test_the_connection_breaks_while_an_error_is_told(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, node: str
+) -> None:
+    """The toolstack waits for hotplug-status: it is told when the store is back, and the log is not told again."""
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [ConfigError("no such disk"), ConfigError("no such disk")]
+    write, left = bed.control.store.write, [1]
+
+    def breaks(path: str, value: bytes | str | int, tx: int = 0) -> None:
+        if node in path and left:
+            left.pop()
+            raise XenStoreError(errno.ECONNRESET, "WRITE", path)
+        write(path, value, tx)
+
+    monkeypatch.setattr(bed.control.store, "write", breaks)
+    life.look()
+    assert bed.control.lost == 1
+    life.look()
+    assert guest.key("hotplug-status") == "error" and guest.key("hotplug-error") == "no such disk"
+    assert "no such disk" in str(guest.error()) and caplog.text.count("no such disk") == 1
+
+
+def test_a_refresh_that_failed_is_over_when_one_has_not(bed: Bed) -> None:
+    guest, life, disk = bed.connected()
+    disk.troubles["refresh"] = [StoreError("disk.img: gone")]
+    life.refresh()
+    assert life.error == "not refreshed: disk.img: gone" and "gone" in str(guest.error()) and life.connected
+    disk.refresh = lambda: None  # type: ignore[method-assign]
+    life.refresh()
+    assert life.error == "" and guest.error() is None
 
 
 def test_retries_become_rare(bed: Bed) -> None:

@@ -10,7 +10,8 @@ import pytest
 from pvdrivers import finder as finder_module
 from pvdrivers import pace as pace_module
 from pvdrivers.xenbus import XenbusState as S
-from tests.device.yard import DriverDomain, Yard, until
+from pvdrivers.xenstore import XenStoreError
+from tests.device.yard import DriverDomain, Yard, connect, until
 from tests.xenstore.device import XenbusDevice
 
 
@@ -55,6 +56,30 @@ def test_no_watch_is_left_on_the_kernels_device(
     device.watches = 128
     until(lambda: not daemon.host.finder.unwatched)
     until(lambda: not any("unwatched" in row["troubles"] for row in daemon.host.stats().values()))
+
+
+def test_a_watch_that_is_refused(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whatever else: the device is served, by looking at it, until the watch is to be had."""
+    monkeypatch.setattr(finder_module, "POLL_SECONDS", 0.05)
+    daemon = yard.daemon()
+    watch, refused = daemon.platform.store.watch, [True]
+
+    def refuses(path: str, token: str) -> None:
+        if refused and token.startswith("front "):
+            raise XenStoreError(errno.EACCES, "WATCH", path)
+        watch(path, token)
+
+    monkeypatch.setattr(daemon.platform.store, "watch", refuses)
+    connect(yard.guest(5))
+    key = ("vbd", 5, 51712)
+    until(lambda: daemon.host.lives[key].connected)
+    assert daemon.host.finder.refused == {} and key in daemon.host.finder.unwatched
+    said = daemon.host.stats()["vbd-5-51712"]["troubles"]["unwatched"]
+    assert "cannot be watched" in said and "EACCES" in said
+    refused.clear()
+    until(lambda: not daemon.host.finder.unwatched)
+    until(lambda: daemon.host.lives[key].troubles.now == {})
+    assert caplog.text.count("cannot be watched") == 1
 
 
 def test_no_node_is_left(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from pvdrivers import host as host_module
+from pvdrivers.incarnation import incarnation
 from pvdrivers.nodes import Nodes
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
@@ -143,6 +145,23 @@ def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
     until(lambda: daemon.host._store_fd >= 0)
     guest.say(S.Closed)
     until(lambda: guest.state() == S.Closed)
+
+
+def test_which_store_it_is_is_asked_beside_a_long_transaction(yard: Yard) -> None:
+    """A guest may make one of another thread's long, and the control thread waits for none."""
+    inside, end = threading.Event(), threading.Event()
+
+    def long(tx: int) -> None:
+        inside.set()
+        assert end.wait(20)
+
+    with yard.served.client() as store, ThreadPoolExecutor(2) as pool:
+        pool.submit(store.transaction, long)
+        try:
+            assert inside.wait(10)
+            assert len(pool.submit(incarnation, store, 0).result(5)) == 32
+        finally:
+            end.set()
 
 
 def test_the_control_thread_waits_less_than_the_manager(yard: Yard) -> None:
