@@ -117,6 +117,7 @@ class BlkBackend(Device):
         self.plan = Plan(POLICY_MAP)
         self.grant_pages: int | None = None
         self._recover = False
+        self._fresh = False  # this process has begun with another disk: nothing is to be taken over
 
     @classmethod
     def pages_mapped(cls) -> dict[str, int]:
@@ -130,7 +131,11 @@ class BlkBackend(Device):
     @property
     def journal_path(self) -> Path:
         """Where this device's journal is."""
-        return self.context.run_dir / "journal" / f"{self.ident.backend_domid}-{self.ident}"
+        return self.context.run_dir / "journal" / self._identity
+
+    @property
+    def _identity(self) -> str:
+        return f"{self.ident.backend_domid}-{self.ident}"
 
     def advertise(self) -> Publish:
         """Open the store; what blkif.h wants to see before InitWait.
@@ -138,8 +143,12 @@ class BlkBackend(Device):
         Two kinds of disk are opened by connect(): one whose hotplug script runs after InitWait, and one that the domain
         which this guest migrates from still has.
         """
-        spec = disk_of(self.params)
         self._recover = self._served_before()
+        if not self._recover:
+            self._begin_anew()  # attached in the place of the one that is open: not the same, even by the same name
+        spec = disk_of(self.params)
+        if self.store is not None and self.store.spec != spec:
+            self._begin_anew()
         if self.store is None and spec is not None:
             try:
                 self._open(spec)
@@ -157,14 +166,21 @@ class BlkBackend(Device):
             out[blkif.KEY_MAX_INDIRECT_SEGMENTS] = self.spec.indirect
         return out
 
+    def _begin_anew(self) -> None:
+        """Let go of a disk that is open, and is not the one that the toolstack asks for now."""
+        if self.store is not None:
+            self.store.close(final=True)
+            self.store = None
+        self._fresh = True
+
     def _open(self, spec: DiskSpec) -> None:
         pool = self.context.workers
         assert isinstance(pool, WorkerPool)
         self.store = open_store(
             spec,
             run_dir=self.context.run_dir,
-            identity=f"{self.ident.backend_domid}-{self.ident}",
-            recover=self._recover,
+            identity=self._identity,
+            recover=self._recover and not self._fresh,
             timeout=_DRAIN_SECONDS,
             fence=pool.fence,
         )

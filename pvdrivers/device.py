@@ -252,22 +252,23 @@ class BackKeys(_Keys):
 
     @classmethod
     def read(cls, store: XenStore, device: DeviceId, *, wait: bool = True) -> BackKeys:
-        """The whole directory at one moment (it is ours and the toolstack's: trusted, and small). The control thread
-        has wait=False, see XenStoreClient.transaction()."""
+        """All of it at one moment: trusted, and small. The control thread has wait=False, see XenStoreClient."""
+        found: BackKeys = store.transaction(lambda tx: cls.within(store, device, tx), wait=wait)
+        return found
 
-        def snapshot(tx: int) -> dict[str, bytes]:
-            values: dict[str, bytes] = {}
-            todo = [""]
-            while todo:
-                directory = todo.pop()
-                for name in store.ls(f"{device.backend_path}/{directory}".rstrip("/"), tx) or ():
-                    path = f"{directory}/{name}".lstrip("/")
-                    values[path] = store.read(f"{device.backend_path}/{path}", tx) or b""
-                    if not values[path]:  # a directory, or an empty value
-                        todo.append(path)
-            return values
-
-        return cls(device, store.transaction(snapshot, wait=wait))
+    @classmethod
+    def within(cls, store: XenStore, device: DeviceId, tx: int) -> BackKeys:
+        """The same, as a transaction sees it."""
+        values: dict[str, bytes] = {}
+        todo = [""]
+        while todo:
+            directory = todo.pop()
+            for name in store.ls(f"{device.backend_path}/{directory}".rstrip("/"), tx) or ():
+                path = f"{directory}/{name}".lstrip("/")
+                values[path] = store.read(f"{device.backend_path}/{path}", tx) or b""
+                if not values[path]:  # a directory, or an empty value
+                    todo.append(path)
+        return cls(device, values)
 
 
 class Workers(Protocol):
@@ -342,8 +343,8 @@ class Device(ABC):
     def advertise(self) -> Publish:
         """Open what is behind the device; what to publish with InitWait (one transaction, the state last).
 
-        Called again after a disconnect() and after an error, and before connect(recover=True), where nothing
-        of it is published.
+        Called again after a disconnect() and after an error, when `params` may say something else: then that is opened.
+        And before connect(recover=True), where nothing of it is published.
         """
 
     @abstractmethod

@@ -84,7 +84,7 @@ class Finder:
         self.unwatched.clear()
         for life in list(self._host.lives.values()):
             self.watch_front(life)
-            life.look()
+            life.handle_backend_change(None)  # while there was no connection anything may have been written
         self.discover()
 
     def discover(self) -> None:
@@ -212,6 +212,11 @@ class Finder:
             life.nodes.in_kernel = partial(modprobe.has_device, *key, self._kernel_root)
         self.watch_front(life)
         life.look()
+
+    def look_for_next(self, life: Life) -> None:
+        """Take the device that was attached in the place of one that is gone: what was told of it was told to that."""
+        if life.nodes.untouched():
+            self._try(*key_of(life.ident))
 
     def _look_for_kernel(self, life: Life) -> None:
         """Name a device that a backend of the kernel's has taken."""

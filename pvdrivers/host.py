@@ -229,6 +229,7 @@ class Host:
         self.unwatch(life)
         for other in list(self.lives.values()):
             other.ask_again()  # what it had may be what they wait for
+        self.later(0.0, partial(self.finder.look_for_next, life))
         self.changed(life)
 
     def forget(self, life: Life) -> None:

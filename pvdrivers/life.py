@@ -93,9 +93,9 @@ class Life:
         self._refresh = True
         self.handle_frontend_change(events)
 
-    def handle_backend_change(self, keys: Iterable[str] = ()) -> None:
-        """`keys` of our own directory were written, by us or by the toolstack."""
-        if self.nodes.foreign(keys):
+    def handle_backend_change(self, keys: Iterable[str] | None = ()) -> None:
+        """`keys` of our own directory were written, by us or by the toolstack; None: nobody can say which."""
+        if keys is None or self.nodes.foreign(keys):
             # The operator changed something: what failed may work now, what works may have another size.
             self._pace.release()
             self._refresh = True
@@ -280,7 +280,10 @@ class Life:
                 # Its rings are in use now, and are not to be taken over from ourselves: that would drop them.
                 self._fresh, self._owed = False, keys
             try:
-                published = self._publish(ours, keys, None if recovered else wanted.state)
+                of = self.device.params if wanted.action is Action.ADVERTISE else None
+                published = self._publish(ours, keys, None if recovered else wanted.state, of)
+            except NotYet as e:
+                error = e
             except OSError as e:
                 if connection_lost(e):
                     raise
@@ -376,8 +379,8 @@ class Life:
         self._pace.release()
         self._control.submit(self.device.hand_over, handed)
 
-    def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
-        published = self.nodes.publish(ours, keys, state)
+    def _publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None, of: BackKeys | None = None) -> bool:
+        published = self.nodes.publish(ours, keys, state, of)
         if published and state is not None:
             self._went(state)
         return published

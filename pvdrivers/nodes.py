@@ -12,13 +12,15 @@ import logging
 from collections.abc import Callable, Iterable
 
 from .control import Control
-from .device import DeviceId, Publish
+from .device import BackKeys, DeviceId, NotYet, Publish
 from .xenbus import BadState, XenbusState, parse_state
 
 log = logging.getLogger("pvdrivers.device")
 
 SEEN_SECONDS = 2.0
 """How long the toolstack has to see that a device of a driver domain is closed, before its directory goes."""
+_WRITTEN_TO_SECONDS = 0.05
+"""Until a device is advertised again whose directory was written to meanwhile: whoever does so may not have ended."""
 _MOST_TEXT = 1024
 _LOST = {
     errno.ECONNRESET,
@@ -73,14 +75,23 @@ class Nodes:
             backend = self._front("backend")
             self.stray = backend is not None and backend.rstrip(b"\0/") != ident.backend_path.encode()
             theirs = XenbusState.Unknown if self.stray else theirs
-        # Linux takes a missing `online` for 0; then a device that somebody attached by hand could never
-        # reconnect.
-        online = (store.read(ident.backend_path + "/online") or b"1").strip(b" \n\0") != b"0"
-        if raw is None:
-            online = False  # our directory was removed: it was there when we were made
+        # Our directory was there when we were made: if there is none, it was removed.
+        online = raw is not None and self._online()
         if theirs is XenbusState.Unknown and online:
             online = self.domain_exists()
         return ours, theirs, online
+
+    def _online(self, tx: int = 0) -> bool:
+        """Whether the toolstack wants the device to stay. Linux takes a missing `online` for 0; then one that somebody
+        attached by hand could never reconnect."""
+        raw = self._control.store.read(self.ident.backend_path + "/online", tx)
+        return (raw or b"1").strip(b" \n\0") != b"0"
+
+    def untouched(self, tx: int = 0) -> bool:
+        """Whether our directory is one that no backend has served yet. Once we have, that is another than ours was: the
+        toolstack has removed that one, and attached the next device in its place."""
+        state = self._control.store.read(self.ident.backend_path + "/state", tx)
+        return parse_state(state) is XenbusState.Initialising and self._online(tx) and self.domain_exists()
 
     def came_back(self) -> bool:
         """The connection to the store broke, and there is one again. Whether we and the guest are not in it any more.
@@ -129,18 +140,21 @@ class Nodes:
         """Whether one of these keys of our directory is not one that we write ourselves."""
         return bool(set(keys) - _OWN_KEYS - self._published)
 
-    def publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None) -> bool:
+    def publish(self, ours: XenbusState, keys: Publish, state: XenbusState | None, of: BackKeys | None = None) -> bool:
         """Write keys and then the state, in one transaction. Without a state ours stays, and is written again if a key
         was not what it is now: that is how Linux tells a frontend of a new size, as of a disk that was taken over.
 
         False, and nothing done, if our state is no longer `ours`: the toolstack may have written Closing, or
-        removed the directory, which a write would bring back.
+        removed the directory, which a write would bring back. NotYet, and nothing done, if the toolstack does not ask
+        for what it did in `of`: by now this is another device's directory, perhaps, though in the same state.
         """
         store, path = self._control.store, self.ident.backend_path
 
         def write(tx: int) -> bool:
             if parse_state(store.read(path + "/state", tx)) is not ours:
                 return False
+            if of is not None and self._said(of) != self._said(BackKeys.within(store, self.ident, tx)):
+                raise NotYet("its directory was written to while it was opened", _WRITTEN_TO_SECONDS)
             new = state
             for key, value in keys.items():
                 raw = value if isinstance(value, bytes) else str(value).encode()
@@ -154,15 +168,20 @@ class Nodes:
         self._published |= keys.keys()
         return bool(store.transaction(write, wait=False))
 
+    def _said(self, keys: BackKeys) -> dict[str, bytes | None]:
+        """What the toolstack has said of the device: all but what we write."""
+        return {name: keys.raw(name) for name in keys.names() if self.foreign([name])}
+
     def leave(self, state: XenbusState) -> bool:
         """Our last word, whatever the toolstack has written meanwhile: it waits for this.
 
-        False, and nothing done, if our directory has been removed.
+        False, and nothing done, if our directory has been removed, be it that there is another now: Closed is not for
+        us to say of a device that is yet to be served.
         """
         store, path = self._control.store, self.ident.backend_path + "/state"
 
         def write(tx: int) -> bool:
-            if store.read(path, tx) is None:
+            if store.read(path, tx) is None or self.untouched(tx):
                 return False
             store.write(path, int(state), tx)
             return True
@@ -225,8 +244,7 @@ class Nodes:
         store, path = self._control.store, self.ident.backend_path
 
         def remove(tx: int) -> None:
-            offline = (store.read(path + "/online", tx) or b"1").strip(b" \n\0") == b"0"
-            if offline and parse_state(store.read(path + "/state", tx)) is XenbusState.Closed:
+            if not self._online(tx) and parse_state(store.read(path + "/state", tx)) is XenbusState.Closed:
                 store.rm(path, tx)
 
         try:
