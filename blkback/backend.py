@@ -14,7 +14,7 @@ from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverabl
 from pvdrivers.errors import DeviceBusyError
 from pvdrivers.journal import Journal
 from pvdrivers.stats import StatsFile
-from pvdrivers.storage.store import Store, open_store
+from pvdrivers.storage.store import Store, memory_name, open_store
 from pvdrivers.storage.uri import DiskSpec
 from pvdrivers.worker.control import RingHandle, Worker
 from pvdrivers.worker.pool import WorkerPool
@@ -346,14 +346,15 @@ class BlkBackend(Device):
         return {blkif.KEY_SECTORS: self.store.sectors >> int(self.disk[0]["unit_shift"])}
 
     def removed(self) -> None:
-        """The disk has been detached: close the store for good."""
+        """The disk has been detached: close the store for good, and leave nothing of it, nor of a process that served
+        it before this one: its guest may have gone while there was none."""
         if self.store is not None:
             self.store.close(final=True)
             self.store = None
-        if self.counters is not None:
-            self.counters.remove()
-            self.counters = None
-        self.journal_path.unlink(missing_ok=True)
+        self.counters = None
+        run_dir = self.context.run_dir
+        for path in (run_dir / memory_name(self._identity), run_dir / "stats" / str(self.ident), self.journal_path):
+            path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -260,6 +260,9 @@ class VifBackend(Device):
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
         self._release()
+        self._forget()
+
+    def _forget(self) -> None:
         forget(self)
         forget_groups(self)
         forget_answers(self)
@@ -274,11 +277,12 @@ class VifBackend(Device):
             self.counters = None
 
     def removed(self) -> None:
-        """The vif has been detached."""
+        """The vif has been detached: nothing of it is left, nor of a process that served it before this one."""
         self.other_side.close(delete=True)
-        if self.counters is not None:
-            self.counters.remove()
-            self.counters = None
+        self.counters = None
+        for name in (str(self.ident), f"{self.ident}.port"):
+            (self.context.run_dir / "stats" / name).unlink(missing_ok=True)
+        self._forget()
 
     def capture(self, memory: CaptureMemory | None) -> None:
         """Have its packets captured; None: no more, and when this returns nobody does."""

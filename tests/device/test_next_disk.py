@@ -6,13 +6,15 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace as replace_id
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from blkback.backend import BlkBackend
-from pvdrivers.device import DeviceId, FrontKeys, Publish
+from netback.backend import VifBackend
+from pvdrivers.device import Device, DeviceId, FrontKeys, Publish
 from pvdrivers.errors import ConfigError
 from pvdrivers.life import Life
 from pvdrivers.storage.store import Store
@@ -199,6 +201,29 @@ def test_contents_do_not_stay_for_the_next(bed: Bed) -> None:
     replace(guest, "memory:1M")
     life.look()
     assert guest.state() == S.InitWait and os.pread(disk.opened.fd, 6, 4096) == bytes(6)
+
+
+@pytest.mark.parametrize("class_name", ["vbd", "vif"])
+def test_nothing_is_left_of_a_guest_that_went_while_no_daemon_ran(bed: Bed, class_name: str) -> None:
+    guest, life, disk = attached(bed, "memory:1M", connected=True)
+    run_dir, name = bed.context.run_dir, f"{class_name}-5-51712"
+    disk.opened.close()  # as a process that is killed leaves it
+    for path in ("stats", "journal", "answers", "groups", "hash"):
+        (run_dir / path).mkdir()
+        (run_dir / path / (f"0-{name}" if path == "journal" else name)).touch()
+    before = {path for path in run_dir.rglob("*") if "51712" in path.name}
+    guest.destroy()
+    device: Device
+    if class_name == "vbd":
+        life, device = life_of(bed, guest)
+        life.look()
+        assert life.gone
+        left = {path for path in before if path.parent.name in ("answers", "groups", "hash")}
+    else:
+        device = VifBackend(replace_id(life.ident, class_name="vif"), bed.context)
+        device.removed()
+        left = {path for path in before if path.parent.name == "journal" or path.name.startswith("memory-")}
+    assert len(before) == 6 and {path for path in before if path.exists()} == left
 
 
 # The next device, when this one is removed
