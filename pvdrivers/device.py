@@ -279,7 +279,8 @@ class Workers(Protocol):
 
     def start(self) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self, *, left: bool = False) -> None:
+        """`left`: devices were not disconnected in time; what they use is to stay until the process ends."""
 
     def alive(self) -> bool:
         """Whether each has gone round its loop since the last call; has them go round it again."""

@@ -31,6 +31,11 @@ class DeviceBusyError(PvError):
     """The device, its backing store or its run directory is already served by another process."""
 
 
+class LeftInUse(BaseException):
+    """A ring's worker has ended, and what the ring had under way may land for as long as the process lives: its device
+    stays as it is, with all that it has open. Not an Exception: nobody is to go on from here with letting go."""
+
+
 class GuestError(PvError):
     """What the guest's keys name does not work: held against it, and tried again, later and later."""
 

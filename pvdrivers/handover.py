@@ -46,12 +46,16 @@ class HandOver:
         lives = list(host.lives.values())
         for life in lives:
             self._left[key_of(life.ident)] = host.now() if life.connected else None
-        self._timer = host.later(SECONDS, self._end)
+        self._timer = host.later(SECONDS, partial(self._end, f"it did not finish within {SECONDS:g} s"))
         for life in lives:
             life.troubles.gone()
             life.hand_over(partial(self._done, life))
-        if not self._left:
-            self._end()
+        self.look()
+
+    def look(self) -> None:
+        """It ends with the last device that can be free before the process has ended."""
+        if len(self._left) <= self._host.in_use:
+            self._end("its worker has ended")
 
     def _done(self, life: Life) -> None:
         key, host = key_of(life.ident), self._host
@@ -63,16 +67,15 @@ class HandOver:
         else:
             host.unwatch(life)
             host.finder.discover()  # it took so long that all is ours again
-        if not self._left:
-            self._end()
+        self.look()
 
-    def _end(self) -> None:
+    def _end(self, why: str) -> None:
         if self.over:
             return
         self.over = True
         self._timer.cancel()
         for key in self._left:
-            log.error("%s-%d-%d: did not finish within %g s, and is left", *key, SECONDS)
+            log.error("%s-%d-%d: is left as it is: %s", *key, why)
         self._finished(dict(self._left))
 
     def take_back(self) -> None:

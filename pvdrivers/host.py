@@ -26,7 +26,7 @@ from typing import Any
 from .claims import Claims
 from .control import Backoff, Done, Jobs, Timer, Timers
 from .device import Context, Device
-from .errors import PlatformError, PvError
+from .errors import LeftInUse, PlatformError, PvError
 from .finder import Finder, Key, key_of
 from .handover import HandOver
 from .incarnation import incarnation
@@ -67,6 +67,8 @@ class Host:
         self.listeners: list[Callable[[Life | None], None]] = []
         """Called when a device has changed in some way; None: one that is not served."""
         self.letting_go: HandOver | None = None
+        self.in_use = 0
+        """Devices that stay as they are until the process ends: see LeftInUse."""
         self.refreshed: Callable[[], None] = lambda: None
         """Called when all that refresh() asks for is under way."""
         self._connect_store = connect_store
@@ -126,7 +128,7 @@ class Host:
             self._hand_over()
         finally:
             self._selector.unregister(alerts)
-            self.claims.close()
+            self._close_claims()
         if self._error is not None:
             raise self._error
 
@@ -192,9 +194,13 @@ class Host:
 
         One end of the pipe stays open: a job that finishes late writes to it, and must not hit somebody's file.
         """
-        self.claims.close()
+        self._close_claims()
         self._selector.close()
         os.close(self._wake_read)
+
+    def _close_claims(self) -> None:
+        if not self.lives:  # or what is left would be another process's while it is in use here
+            self.claims.close()
 
     def _hand_over(self) -> None:
         """The process ends."""
@@ -213,7 +219,15 @@ class Host:
         return time.monotonic()
 
     def submit(self, job: Callable[[], Any], done: Done) -> None:
-        self._jobs.submit(job, done)
+        self._jobs.submit(job, partial(self._finished, done))
+
+    def _finished(self, done: Done, result: Any, error: BaseException | None) -> None:
+        if not isinstance(error, LeftInUse):
+            return done(result, error)
+        # Nothing follows on it: the device is busy for good.
+        self.in_use += 1
+        if self.letting_go is not None:
+            self.letting_go.look()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Timer:
         return self._timers.later(seconds, call)

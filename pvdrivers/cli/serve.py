@@ -66,7 +66,8 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
 
             _make(run_dir)
             platform = _platform(args, embedded)
-            stack.callback(platform.close)
+            closing = stack.enter_context(ExitStack())
+            closing.callback(platform.close)
             pool = WorkerPool(
                 platform,
                 args.workers or _workers(),
@@ -93,7 +94,10 @@ def _serve(args: argparse.Namespace, notifier: Notifier, link: socket.socket | N
             try:
                 host.run(ready)
             finally:
-                pool.stop()
+                # What is left may be in use until the last moment, by the kernel and by threads that let go of it.
+                pool.stop(left=bool(host.lives))
+                if host.lives:
+                    closing.pop_all()
 
 
 def _image(args: argparse.Namespace) -> bool:

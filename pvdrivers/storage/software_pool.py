@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import threading
+import time
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +19,8 @@ from .software_ring import DONE, MAX_POLL_EVENTS, epoll_add, serve, wake_all
 from .uring_layout import CQE, EPOLLET, IORING_SQ_TASKRUN, KIND_THREADS, SQE
 
 _LINE: Final = 64
-_JOIN_S: Final = 10.0
+JOIN_SECONDS: Final = 10.0
+"""How long threads have to end: all of a process together, as who stops a service does not wait for each."""
 
 _abandoned: list[object] = []
 """Memory that a thread stuck in a system call may still write to: kept until the process ends."""
@@ -95,12 +97,18 @@ class ThreadPool:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         serve(self._address, scratch)
 
-    def close(self) -> None:
-        """End the threads, each after the request that it executes now; what is still queued is not executed."""
+    def end(self) -> None:
+        """Have the threads end, each after the request that it executes now; what is still queued is not executed."""
         self._record["stop"] = 1
         wake_all(self._address)
+
+    def close(self, deadline: float | None = None) -> None:
+        """End the threads, and wait for them until then (monotonic); by default for a few seconds."""
+        self.end()
+        if deadline is None:
+            deadline = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             _abandoned.append((self._memory, self._record))
         else:

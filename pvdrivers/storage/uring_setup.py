@@ -198,10 +198,17 @@ class Uring(Closing):
         """System calls made so far."""
         return int(self._record["enters"])
 
-    def close(self) -> None:
-        """Take it down. What is under way goes on in the kernel: wait for it first, or keep its buffers."""
+    def end(self) -> None:
+        """Have threads of ours, if there are any, take up nothing more. Goes before close(), which waits for them."""
         if self._pool is not None:
-            self._pool.close()
+            self._pool.end()
+
+    def close(self, deadline: float | None = None) -> None:
+        """Take it down. What is under way goes on in the kernel: wait for it first, or keep its buffers.
+
+        `deadline`: until then (monotonic) threads of ours are waited for."""
+        if self._pool is not None:
+            self._pool.close(deadline)
             self._pool = None
         for m in self._maps:
             m.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pvdrivers.errors import PvError
+from pvdrivers.errors import LeftInUse, PvError
 from pvdrivers.platform import GRANT_OP, Platform
 from pvdrivers.storage import software_pool
 from pvdrivers.storage.uring import enable
@@ -56,6 +56,9 @@ INTERRUPT = signal.SIGUSR2
 """Ends a system call of a worker that a guest holds up; see `events`."""
 HELD_UP_S = 0.1
 _CALIBRATION_S = 0.005
+
+_left: list[object] = []
+"""Workers that rings were left with: kept until the process ends."""
 
 
 class Memory:
@@ -203,16 +206,29 @@ class Worker:
             if self.failed:
                 os.eventfd_write(self._alert_fd, 1)  # the control thread sleeps, and nobody else would tell it
 
-    def stop(self) -> None:
-        """Leave the loop and release everything. The rings have been detached before."""
+    def leave(self) -> None:
+        """Leave the loop."""
         if self._thread is not None:
             store_word(self.address, 1)
             self.ring_doorbell()
             self._thread.join()
-            self._thread = None
-        self.uring.close()
+        self.uring.end()
+
+    def stop(self, deadline: float | None = None, *, left: bool = False) -> None:
+        """Leave the loop and release everything: the rings have been detached before. Or some are `left`, and may be in
+        other threads' hands: then all that these or the kernel may touch is kept until the process ends."""
+        self.leave()
+        self.uring.close(deadline)
+        if left:
+            _left.append(self)
+            return
         self.events.close()
         os.close(self.doorbell)
+
+    @property
+    def gone(self) -> bool:
+        """Its thread has run, and does nothing any more."""
+        return self._thread is not None and not self._thread.is_alive()
 
     @property
     def can_be_held_up(self) -> bool:
@@ -244,7 +260,7 @@ class Worker:
     def come_round(self, timeout: float = float("inf")) -> None:
         """Wait until no pass is under way that had begun before; not for a loop that has ended."""
         passes, deadline = int(self._record[0]["passes"]), time.monotonic() + timeout
-        while int(self._record[0]["passes"]) - passes < 2 and self._thread is not None and not self.failed:
+        while int(self._record[0]["passes"]) - passes < 2 and self._thread is not None and not self.gone:
             if time.monotonic() > deadline:
                 return
             self.ring_doorbell()
@@ -292,14 +308,19 @@ class Worker:
                 store_word(handle.address, RING_FREE)
 
     def detach(self, handle: RingHandle, timeout: float | None = None) -> bool:
-        """Stop taking requests, wait until nothing is in flight, and drop the ring. False if the time was over."""
+        """Stop taking requests, wait until nothing is in flight, and drop the ring: then True. False if the time was
+        over before that. Raises LeftInUse if the worker has ended, and will never say that nothing is in flight."""
         deadline = None if timeout is None else time.monotonic() + timeout
         address = handle.address
         pause = 0.0002
         while self._handles.get(handle.index) is handle:
+            gone = self.gone  # first: what the state is after that, it stays
             state = load_word(address)
-            if state == RING_DETACHED or state == RING_FREE or self.failed or self._thread is None:
+            if state == RING_DETACHED or state == RING_FREE or self._thread is None:  # None: nothing was ever taken
+                self.drop(handle)
                 break
+            if gone:
+                raise LeftInUse(self.failed or f"worker {self.index} has been stopped")
             if state in (RING_ACTIVE, RING_DEAD):
                 store_word(address, RING_DETACHING)
                 self.ring_doorbell()
@@ -307,7 +328,6 @@ class Worker:
                 return False
             time.sleep(pause)
             pause = min(pause * 2, 0.02)
-        self.drop(handle)
         return True
 
     def alerts(self) -> list[tuple[Any, str]]:

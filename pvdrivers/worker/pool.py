@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from pvdrivers.errors import PlatformError
 from pvdrivers.platform import Platform
 from pvdrivers.storage.locks import Fence
+from pvdrivers.storage.software_pool import JOIN_SECONDS
 
 from .control import HELD_UP_S, INTERRUPT, Worker
 from .notices import Notices
@@ -49,11 +51,14 @@ class WorkerPool:
             for worker in self.workers:
                 worker.interrupt_if_held_up()
 
-    def stop(self) -> None:
-        """Stop all threads; the devices have been disconnected before."""
+    def stop(self, *, left: bool = False) -> None:
+        """Stop all threads; the devices have been disconnected before, or some are `left` as they are (Worker.stop)."""
         self._stopped.set()
         for worker in self.workers:
-            worker.stop()
+            worker.leave()
+        deadline = time.monotonic() + JOIN_SECONDS
+        for worker in self.workers:
+            worker.stop(deadline, left=left)
         os.close(self.alert_fd)
 
     def alive(self) -> bool:

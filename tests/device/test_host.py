@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pvdrivers import finder
-from pvdrivers.errors import DeviceBusyError, PlatformError
+from pvdrivers import finder, handover
+from pvdrivers.errors import DeviceBusyError, LeftInUse, PlatformError
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.yard import Daemon, Yard, connect, until
 
@@ -242,6 +242,47 @@ def test_a_worker_that_ends_ends_the_daemon(yard: Yard) -> None:
     daemon.thread.join(10)
     assert isinstance(daemon.error, PlatformError)
     assert guest.state() == S.Connected, "the next process takes over"
+
+
+@pytest.mark.parametrize("first", ["hand_over", "disconnect"])
+def test_a_worker_that_ends_with_requests_under_way(
+    yard: Yard, first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk stays as it is, and claimed, for as long as the process lives; nobody waits for it, and others go."""
+    daemon = yard.daemon()
+    guest, other = yard.guest(5), yard.guest(6)
+    connect(guest)
+    connect(other)
+    disk = daemon.disks["vbd-5-51712"]
+    disk.troubles[first] = [LeftInUse("worker 0 has ended")]
+    if first == "disconnect":
+        guest.say(S.Closed)
+        until(lambda: daemon.host.in_use)
+    daemon.host.stop()
+    daemon.thread.join(10)
+    assert not daemon.thread.is_alive() and disk.calls == ["advertise", "connect", first]
+    assert daemon.disks["vbd-6-51712"].calls[-1] == "hand_over"
+    assert guest.state() == S.Connected and "is left as it is: its worker has ended" in caplog.text
+    second = yard.daemon()
+    until(lambda: "vbd-6-51712" in second.disks)
+    assert "vbd-5-51712" not in second.disks and ("vbd", 5, 51712) in second.host.finder.waiting
+
+
+def test_a_disk_that_is_not_free_in_time(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handover, "SECONDS", 0.2)
+    daemon = yard.daemon()
+    guest = yard.guest(5)
+    connect(guest)
+    stuck = daemon.stuck["vbd-5-51712"] = threading.Event()
+    daemon.host.stop()
+    daemon.thread.join(10)
+    assert not daemon.thread.is_alive() and set(daemon.host.lives) == {("vbd", 5, 51712)}
+    assert "is left as it is: it did not finish within 0.2 s" in caplog.text
+    second = yard.daemon()
+    assert second.disks == {} and ("vbd", 5, 51712) in second.host.finder.waiting, "it is in use"
+    stuck.set()
 
 
 def test_an_idle_host_does_nothing(yard: Yard) -> None:

@@ -65,3 +65,60 @@ def test_writes_of_the_dead_do_not_land_on_newer_ones(
         disk.close()
         b.disks.remove(disk)
         b.backend.end()  # before its device goes
+
+
+IMPATIENT = """
+import time
+from pvdrivers import handover
+from pvdrivers.worker.pool import WorkerPool
+
+handover.SECONDS = 0.5
+stop = WorkerPool.stop
+
+def stop_and_stay(self, **how):
+    stop(self, **how)
+    time.sleep(0.2)  # in which other threads could do what they must not
+
+WorkerPool.stop = stop_and_stay
+"""
+
+
+@pytest.mark.parametrize("io", ["auto", "threads"])
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
+def test_a_stop_that_does_not_wait_for_all_writes(
+    bed: Callable[..., Bed], tmp_path: Path, io: str, locks: bool
+) -> None:
+    """Time is up, and requests are under way: these are waited for by who comes next, as if the daemon had died."""
+    image = tmp_path / "slow.img"
+    image.write_bytes(bytes(8 << 20))
+    without = "from tests.storage.no_locks import take_away\nimport os\ntake_away(os.environ['WITH_LOCKS'])\n"
+    (tmp_path / "sitecustomize.py").write_text(IMPATIENT + (not locks) * without)
+    with loop_device(image) as device, throttle(device, 10_000, A_SECOND) as group:
+        b = bed("--io", io)
+        extra = {"PYTHONPATH": f"{tmp_path}:{TOP}", "WITH_LOCKS": str(b.run_dir / "fence")}
+        b.serve(group, **extra)
+        disk = b.disk(device, mode="w" if locks else "w!", queues=1, ring_order=0)
+        before = b.frontend()
+        load = Load(disk, Plan(depth=DEPTH, write_percent=90, verify="all", length=RANGE, again_percent=90))
+        load.start()
+        until(lambda: load.snapshot().requests > 8)
+        assert b.backend is not None
+        first = b.backend
+        first.popen.send_signal(signal.SIGTERM)
+        until(lambda: "is left as it is: it did not finish within 0.5 s" in b.log.read_text())
+        b.serve(**extra)
+        seen = load.snapshot().requests
+        until(lambda: load.snapshot().requests > seen + 500, timeout=60)
+        load.stop()
+        result = load.wait(60)
+        assert result.right and result.requeues == 0, result
+        time.sleep(2 * DEPTH / A_SECOND)  # whatever was to land late has landed
+        check = Plan(requests=RANGE // 4096, verify="all", length=RANGE, random=False)
+        assert Load(disk, check, load.ledger).run(60).right
+        assert b.frontend() == before
+        text = b.log.read_text()
+        assert "while disconnecting" not in text and "while handing over" not in text and "Traceback" not in text
+        assert first.end() == 0
+        disk.close()
+        b.disks.remove(disk)
+        b.backend.end()

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pvdrivers import handover
 from pvdrivers.cli import EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE, main, where
 from pvdrivers.errors import PlatformError, UnavailableError
 from pvdrivers.frontends.load import Load
+from pvdrivers.storage.software_pool import JOIN_SECONDS
 from pvdrivers.storage.xl_disk import parse_xl_disk
 from pvdrivers.xen import devices
 from tests.restart.bed import Bed
@@ -174,3 +176,7 @@ def test_the_guest_that_is_to_be_pasted() -> None:
         disk = parse_xl_disk([words.replace("script=/bin/true, ", "")])
         assert disk.vdev.startswith("xvd")
     assert config["name"] and config["type"] == "pv"
+
+
+def test_a_stop_is_given_the_time_that_it_takes() -> None:
+    assert int(*settings("TimeoutStopSec")) > handover.SECONDS + JOIN_SECONDS
