@@ -59,6 +59,20 @@ class Claims:
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         self._held[str(path)] = fd
 
+    def held(self, device: DeviceId) -> bool:
+        """Whether a process has it, this one or another."""
+        try:
+            fd = os.open(self.path(device), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+
     def drop(self, device: DeviceId) -> None:
         """Give a claim back. Harmless if there is none.
 

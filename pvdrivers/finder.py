@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +15,7 @@ from .device import Device, DeviceId
 from .errors import ConfigError, DeviceBusyError, PlatformError, PvError
 from .life import Life
 from .nodes import QUOTA, connection_lost
+from .xenbus import XenbusState
 
 if TYPE_CHECKING:
     from .host import Host
@@ -179,6 +180,8 @@ class Finder:
         host, key = self._host, (name, domid, devid)
         if key in host.lives or host.stopping or (self.domains is not None and domid not in self.domains):
             return
+        if name not in self.classes:  # of a predecessor that had more
+            return
         if host.store.read(f"{self._top}{name}/{domid}/{devid}/state") is None:
             if self.waiting.pop(key, None) is not None or self.refused.pop(key, None) is not None:
                 host.changed(None)
@@ -207,7 +210,11 @@ class Finder:
         waited = self.waiting.pop(key, None)
         if waited is not None:
             waited.backoff.reset()
-        life = host.lives[key] = Life(self.classes[name](ident, host.context), host)
+        try:
+            life = host.lives[key] = Life(self.classes[name](ident, host.context), host)
+        except BaseException:
+            host.claims.drop(ident)
+            raise
         if self._kernel_root is not None:
             life.nodes.in_kernel = partial(modprobe.has_device, *key, self._kernel_root)
         self.watch_front(life)
@@ -261,6 +268,32 @@ class Finder:
         self.waiting.clear()
         for key in keys:
             self._try(*key)
+
+    def name_left_out(self) -> None:
+        """At the start: devices in use of a kind that is left to the kernel, whose driver has not got them."""
+        root, home = self._kernel_root, self._host.context.platform.domid
+        if root is None or self.passive:
+            return
+        for name in sorted(table.known().keys() - self.classes.keys()):
+            driver = modprobe.in_kernel(name, root) or modprobe.comes_with_udev(name, root)
+            left = [
+                key for key in self._connected(name) if not modprobe.has_device(*key, root)
+                and not self._host.claims.held(DeviceId(home, *key, ""))
+            ] if driver else []  # fmt: skip
+            if left:
+                log.error(
+                    "%s: connected, and served by nobody, as %s is left to %s: its guest waits. Keep that out, as"
+                    " docs/dom0.md has it, and restart this service",
+                    ", ".join("{}-{}-{}".format(*key) for key in left), name, driver.rstrip(","),
+                )  # fmt: skip
+
+    def _connected(self, name: str) -> Iterator[Key]:
+        store, top = self._host.store, self._top + name
+        for domid in store.ls(top) or ():
+            for devid in store.ls(f"{top}/{domid}") or ():
+                if None not in (_number(domid), _number(devid)):
+                    if store.read(f"{top}/{domid}/{devid}/state") == b"%d" % XenbusState.Connected:
+                        yield name, int(domid), int(devid)
 
     # Events of the store
 

@@ -120,6 +120,7 @@ class Host:
             self._hear_store()
             self._incarnation = incarnation(self.store, self.context.platform.domid)
             self.finder.attach()
+            self.finder.name_left_out()
             self.started = True
             if ready is not None:
                 ready(len(self.lives) + len(self.finder.waiting))

@@ -5,11 +5,12 @@ everything, finds all devices, and says that it is warm and which journals it ca
 on, and if the new one fails, or cannot read these, it always will. Then the old one lets go of one device after the
 other - drained, journal kept, state Connected - and tells which, so that the new one takes each at once. The old one
 ends when the new one has all in hand. If the new one dies before that, or takes nothing, the old one takes all back,
-by the same journals; if the old one dies, the new one has what is left. Messages are JSON, one a packet:
+by the same journals. If the old one dies before it has told the new one to go, both end; later, the new one has what is
+left. Messages are JSON, one a packet:
 
     upgrade -> old      {"do": "upgrade", "timeout": seconds, "force": bool}
     old -> upgrade      {"event": "started", "pid"}, then "warm", or "failed" with "why"
-    new -> old          {"event": "warm", "pid", "version", "journals"}, or "failed" with "why"
+    new -> old          {"event": "warm", "pid", "version", "journals", "classes"}, or "failed" with "why"
     old -> new          {"event": "go"} and the connection to `upgrade`, then for each device "released": its key, and
                         when it was stopped (CLOCK_MONOTONIC; null if it was not connected); then "all", with those that
                         are not free before the old one has ended
@@ -27,6 +28,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 from . import __version__, journal
@@ -41,14 +43,20 @@ log = logging.getLogger("pvdrivers.host")
 
 _TAKE_SECONDS = 60.0
 """How long the new one has to take what is free, and reports on devices that it has not taken over yet."""
-_SEND_SECONDS = 5.0
-_END_SECONDS = 5.0
-
-
+_SEND_SECONDS = _END_SECONDS = 5.0
 _CLOSES = (
     "every disk would be closed, and a Linux guest loses a disk that it has open: restart the daemon while no guest"
     " runs, or do it with --force"
 )
+
+
+class _Now(Enum):
+    """What the old one is at."""
+
+    SERVING = "no upgrade is under way"
+    STARTING = "the new one gets ready"
+    LETTING_GO = "the new one was told to go"
+    TAKING_BACK = "the new one has failed, and what it was to have is not all served here again"
 
 
 class Old:
@@ -69,13 +77,13 @@ class Old:
         self._command = command
         self._others = dict(others or {})
         self._main_pid = main_pid
+        self._now = _Now.SERVING
         self._asked: socket.socket | None = None  # who wants to know how it goes
-        self._link: socket.socket | None = None
+        self._link: socket.socket | None = None  # while there is a new one
         self._new: subprocess.Popen[bytes] | None = None
         self._timer: Timer | None = None
         self._why = ""
         self._force = False
-        self._letting_go: HandOver | None = None
         self._released_at: dict[Key, float] = {}  # devices that were connected, and when they were stopped
         self._taken = 0
         host.listeners.append(self._changed)
@@ -110,7 +118,7 @@ class Old:
             other(sock, message)
         elif message.get("do") != "upgrade" or not isinstance(timeout, int | float):
             sock.close()
-        elif self._link is not None or self._host.stopping or self._host.finder.passive:
+        elif self._now is not _Now.SERVING or self._host.stopping or self._host.finder.passive:
             send(sock, event="failed", why="an upgrade is under way already, or this daemon is ending")
             sock.close()
         elif not force and not self._host.context.options.get("journal", True):
@@ -144,7 +152,7 @@ class Old:
         log.warning("upgrade: process %d is getting ready to take over", self._new.pid)
         send(sock, event="started", pid=self._new.pid)
         ours.setblocking(False)
-        self._asked, self._link, self._why = sock, ours, ""
+        self._now, self._asked, self._link, self._why = _Now.STARTING, sock, ours, ""
         self._host.hear(ours.fileno(), self._heard)
         self._timer = self._host.later(timeout, lambda: self._too_late(timeout))
 
@@ -163,7 +171,7 @@ class Old:
             self._failed()
         elif message.get("event") == "failed":
             self._why = str(message.get("why"))
-        elif message.get("event") == "warm" and self._letting_go is None and not self._host.stopping:
+        elif message.get("event") == "warm" and self._now is _Now.STARTING and not self._host.stopping:
             self._warm(message)
         elif message.get("event") == "took":
             self._taken += 1
@@ -171,16 +179,26 @@ class Old:
             self._followed()
 
     def _warm(self, message: dict[str, Any]) -> None:
-        ours, theirs = journal.layout(), message.get("journals")
-        if self._force or (isinstance(theirs, list) and ours in theirs):
-            return self._go(message)
         assert self._new is not None
-        known = ", ".join(map(str, theirs)) if isinstance(theirs, list) else "none that it tells of"
-        self._why = (
-            f"version {message.get('version')} reads other journals ({known}) than those of version {__version__}"
-            f" ({ours}): {_CLOSES}"
-        )
+        if not (why := self._cannot(message)):
+            return self._go(message)
+        self._why = why
         self._new.kill()  # which ends the link
+
+    def _cannot(self, message: dict[str, Any]) -> str:
+        """Why it cannot follow, "" if it can. A version that does not tell its classes has those of this one."""
+        ours, theirs, classes = journal.layout(), message.get("journals"), message.get("classes")
+        lost = [str(i.ident) for i in self._host.lives.values() if i.ident.class_name not in (classes or ())]
+        if isinstance(classes, list) and lost:
+            return (
+                f"it does not serve {', '.join(lost)}, which nobody would have then; its messages say why that class is"
+                " left out: keep a driver of the kernel's from loading (docs/dom0.md), and upgrade again"
+            )
+        if self._force or (isinstance(theirs, list) and ours in theirs):
+            return ""
+        known = ", ".join(map(str, theirs)) if isinstance(theirs, list) else "none that it tells of"
+        version = f"version {message.get('version')}"
+        return f"{version} reads other journals ({known}) than those of version {__version__} ({ours}): {_CLOSES}"
 
     def _failed(self) -> None:
         """The successor has ended, or was: all is as before, or will be soon."""
@@ -198,17 +216,19 @@ class Old:
         self._link.close()
         self._link = self._new = None
         self._why = why
-        if self._letting_go is None or self._host.stopping:
+        if self._now is not _Now.LETTING_GO or self._host.stopping:
             return self._tell()
-        self._letting_go.take_back()
-        self._letting_go = None
+        self._now = _Now.TAKING_BACK
         self._timer = self._host.later(_TAKE_SECONDS, self._tell)
         if not self._released_at:
             self._tell()
+        assert self._host.letting_go is not None
+        self._host.letting_go.take_back()  # last: the store may be lost meanwhile
 
     def _tell(self) -> None:
         """It has failed, and all is served here."""
         self._cancel()
+        self._now = _Now.SERVING
         send(self._asked, event="failed", why=self._why)
         if self._asked is not None:
             self._asked.close()
@@ -217,7 +237,7 @@ class Old:
 
     def _changed(self, life: Life | None) -> None:
         """Whether what was taken back is served again."""
-        if self._link is not None or life is None or not (life.connected or life.gone):
+        if self._now is not _Now.TAKING_BACK or life is None or not (life.connected or life.gone):
             return
         stopped = self._released_at.pop(key_of(life.ident), None)
         if stopped is not None:
@@ -243,7 +263,8 @@ class Old:
             return  # it has ended, which is heard next
         self._taken = 0
         self._released_at.clear()
-        self._letting_go = HandOver(self._host, self._released, self._all)
+        self._now = _Now.LETTING_GO
+        HandOver(self._host, self._released, self._all)
 
     def _released(self, life: Life, stopped: float | None) -> None:
         key = key_of(life.ident)
@@ -293,7 +314,8 @@ class New:
 
     def warm(self) -> None:
         """Everything is compiled, and every device found."""
-        send(self._link, event="warm", pid=os.getpid(), version=__version__, journals=journal.readable())
+        ready = {"version": __version__, "journals": journal.readable(), "classes": sorted(self._host.finder.classes)}
+        send(self._link, event="warm", pid=os.getpid(), **ready)
 
     def _heard(self) -> None:
         try:

@@ -303,3 +303,24 @@ def test_a_directory_that_goes_as_it_is_found(yard: Yard, monkeypatch: pytest.Mo
     guest.attach()
     until(lambda: "vbd-5-51712" in daemon.disks)
     until(lambda: not daemon.host.lives)
+
+
+def test_disks_that_a_start_leaves_to_the_kernel(
+    yard: Yard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A daemon had them, and xen-blkback is there when the next one starts: what it has not got is nobody's."""
+    drivers = tmp_path / "sys/bus/xen-backend/drivers/vbd"
+    others = yard.daemon(domains=[8])  # a daemon that has run since before that
+    guests = {domid: yard.guest(domid) for domid in (5, 6, 7, 8)}
+    for guest in guests.values():
+        guest.attach()
+    for domid in (5, 6, 7):
+        yard.dom0.write(guests[domid].back + "/state", int(S.Connected if domid != 7 else S.InitWait))
+    connect(guests[8])
+    drivers.mkdir(parents=True)
+    (drivers / "vbd-6-51712").symlink_to("../../../../devices/nowhere")
+    yard.daemon(kind="pvblk", kernel_root=tmp_path)
+    said = [record for record in caplog.records if "served by nobody" in record.message]
+    assert [record.levelname for record in said] == ["ERROR"]
+    assert said[0].message.startswith("vbd-5-51712: connected, and served by nobody, as vbd is left to the kernel's")
+    assert others.host.lives.keys() == {("vbd", 8, 51712)} and guests[8].state() == S.Connected
