@@ -8,10 +8,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from pvdrivers.claims import Claims
+from pvdrivers.device import DeviceId
 from pvdrivers.frontends.load import Load, Plan
 from tests.storage.host import loop_device, throttle
 
@@ -122,3 +125,55 @@ def test_a_stop_that_does_not_wait_for_all_writes(
         disk.close()
         b.disks.remove(disk)
         b.backend.end()
+
+
+def test_who_waits_for_whom(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    """A write through the page cache is done by a thread of the kernel's that has all files of its process: until it
+    ends, the dead daemon has its claims and ports, and none of its disks can be taken over. Another daemon's can."""
+    paths = [tmp_path / name for name in ("slow.img", "same.img", "other.img")]
+    for path in paths:
+        path.write_bytes(bytes(8 << 20))
+    with loop_device(paths[0]) as device, throttle(device, 10_000, 1) as group:
+        b = bed("--domain", "1", "2")
+        words = [b.words, ("--domain", "3")]
+        first = [b.serve(group)]
+        b.words = words[1]
+        first.append(b.serve())
+        slow = f"{device},direct=no,cache=writethrough"
+        disks = [b.disk(what, queues=1, ring_order=0) for what in (slow, str(paths[1]), str(paths[2]))]
+        plans = [Plan(depth=16, write_percent=100, length=4 << 20)] + [Plan(depth=4, length=1 << 20)] * 2
+        loads = [Load(disk, plan) for disk, plan in zip(disks, plans)]
+        for load in loads:
+            load.start()
+        until(lambda: all(load.snapshot().requests > 2 for load in loads))
+        for process in first:
+            process.popen.send_signal(signal.SIGKILL)
+        seen = [load.snapshot().requests for load in loads]
+        again = [b.serve()]
+        until(lambda: loads[2].snapshot().requests > seen[2] + 100)
+        claims, same = Claims(b.run_dir), DeviceId(0, "vbd", 2, 51712, "")
+        held = claims.held(same)  # in this order: what is held by a thread that waits is seen before its end
+        assert waits(first[0].popen.pid), "nothing is under way: this shows nothing"
+        assert held, "though nothing of its own is under way"
+        until(lambda: not waits(first[0].popen.pid), 60)
+        until(lambda: not claims.held(same))
+        b.words = words[0]
+        again.append(b.serve())
+        until(lambda: all(load.snapshot().requests > before + 2 for load, before in zip(loads, seen)), 60)
+        for load in loads:
+            load.stop()
+            assert load.wait(60).right
+        for disk in disks:
+            disk.close()
+        b.disks.clear()
+        for process in (*first, *again):
+            process.end()
+
+
+def waits(pid: int) -> bool:
+    """Whether a thread of a process waits for a disk."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended
+            states.append(task.read_text().rpartition(")")[2].split()[0])
+    return "D" in states
