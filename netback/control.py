@@ -72,7 +72,6 @@ from .control_records import (
     HASH_SIZE,
     KEY_AT,
     MAPPING_AT,
-    MOST_HASHED,
     MOST_KEY,
     MOST_MAPPING,
     MOST_STAGED,
@@ -85,7 +84,6 @@ from .staging import STAGE_SIZE, find, insert, remove, stage_at, staged_at
 
 _ENTRY = 4
 _GREF_SIZE = GREF.itemsize
-_SCRATCH_AT = 4096 - MOST_HASHED  # of the payload, which is a key of MOST_KEY bytes then
 
 
 @inline
@@ -164,7 +162,7 @@ def _set_key(ca: int, size: int) -> None:
     hash_at(spare)["key_size"] = size
     zero_bytes(spare + KEY_AT, MOST_KEY)
     copy_bytes(spare + KEY_AT, control_at(ca)["payload"], size)
-    make_table(spare, control_at(ca)["payload"] + _SCRATCH_AT)
+    make_table(spare)
     _in_force(ca)
 
 

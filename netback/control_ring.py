@@ -4,7 +4,7 @@ Its worker is that of the vif's first queue. What a request sets is in force for
 queues of other workers. What it wants of the staged pages of a queue of another worker's is done by that one: these
 tables are looked at without a lock. Then no other request is looked at meanwhile, so answers keep their order.
 
-Few are served in a visit: each may be a system call or more, and the neighbours have packets.
+Few are served in a visit, and of those that name a page, which are system calls, one: the neighbours have packets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .serving import to_serve
 from .staging import JOB_AT, stage_at
 
 MOST = 4
-"""Requests that are served in a visit."""
+"""Requests that are served in a visit, up to the first that names a page."""
 _GREF_SIZE = GREF.itemsize
 _RESPONSE_SIZE = CTRL_RESPONSE.itemsize
 
@@ -79,13 +79,13 @@ def _conclude(wa: int, ca: int, domid: int) -> None:
 
 
 @kernel
-def _serve(wa: int, ra: int) -> None:
-    """One request, to its answer; or to the worker whose STAGE it is about, see CONTROL.away."""
+def _serve(wa: int, ra: int) -> int:
+    """One request, to its answer; or to the worker whose STAGE it is about, see CONTROL.away. 1 if it names a page."""
     ca, domid = ring_at(ra)["priv"], ring_at(ra)["domid"]
     c = control_at(ca)
     look(ca)
     if c["next"] != DO_FETCH:
-        return
+        return i64(0)
     c["fetched"] = _copy(wa, ca, domid, 0)
     stats_at(ring_at(ra)["stats"])["grants_copied"] += 1
     if request_at(ca)["type"] >= CTRL_GET_GREF_MAPPING_SIZE and stage_at(c["stage"])["worker"] != wa:
@@ -93,8 +93,9 @@ def _serve(wa: int, ra: int) -> None:
         # Release, pairs with the acquire in do_job: who sees that there is a request sees all of it.
         store_release64(c["stage"] + JOB_AT, ca)
         eventfd_add(worker_at(stage_at(c["stage"])["worker"])["doorbell_fd"], 1)
-        return
+        return i64(1)
     _conclude(wa, ca, domid)
+    return i64(1)
 
 
 @kernel
@@ -143,10 +144,13 @@ def step_control(wa: int, ra: int, budget: int, abandoned: int) -> int:
         _respond(ra)
         mark_due(wa, ra)
     n = i64(to_serve(ra))
-    for _ in range(min(n, MOST)):
+    served = i64(0)
+    costly = i64(0)
+    while served < min(n, MOST) and costly == 0:
         copy_message(ring["end"], records(ring["end"], 1, RING_END)[0]["cons"], control_at(ca)["request"])
         advance(ring["end"], 1)
-        _serve(wa, ra)
+        costly = i64(_serve(wa, ra))
+        served += 1
         if control_at(ca)["away"] != 0:
             ring["blocked"] = 1
             mark_due(wa, ra)
@@ -154,4 +158,4 @@ def step_control(wa: int, ra: int, budget: int, abandoned: int) -> int:
         _respond(ra)
     if n > 0:
         mark_due(wa, ra)
-    return 1 if n > MOST else 0
+    return 1 if n > served else 0

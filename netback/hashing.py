@@ -2,7 +2,8 @@
 
 The Toeplitz hash is linear: what a byte adds depends on its value and its place alone. So a key becomes a table once,
 when it is set, of what each value of each nibble adds, and a packet is two look-ups for each byte that is hashed
-(Linux's netback has a cache of flows for the same end).
+(Linux's netback has a cache of flows for the same end). A guest may set a key as often as it likes, so the table is
+made of the key's windows, the 32 bits of it from each place on that a bit may have, and nothing is hashed for it.
 
 netif.h: of the types that are asked for the maximal one counts. A packet of none of them has the hash 0, as in Linux
 (xenvif_set_skb_hash), and so comes by the first entry of the mapping.
@@ -20,7 +21,6 @@ from rings.netif import (
     HASH_IPV4_TCP,
     HASH_IPV6,
     HASH_IPV6_TCP,
-    toeplitz,
 )
 
 from .control_records import KEY_AT, MAPPING_AT, MOST_HASHED, MOST_KEY, MOST_MAPPING, NIBBLES_AT, current, hash_at
@@ -34,17 +34,20 @@ _TCP_CHECKSUM_AT = 16
 
 
 @kernel
-def make_table(ha: int, scratch: int) -> None:
-    """Fill in HASH.nibbles for the key of a HASH. `scratch` has room for MOST_HASHED bytes."""
+def make_table(ha: int) -> None:
+    """Fill in HASH.nibbles for the key of a HASH."""
     nibbles = records(ha + NIBBLES_AT, 2 * MOST_HASHED * 16, _U4)
-    bytes = records(scratch, MOST_HASHED, np.dtype(np.uint8))
-    for k in range(MOST_HASHED):
-        bytes[k] = 0
     for place in range(2 * MOST_HASHED):
-        for value in range(16):
-            bytes[place >> 1] = value << 4 if place & 1 == 0 else value
-            nibbles[place * 16 + value] = toeplitz(ha + KEY_AT, MOST_KEY, scratch, (place >> 1) + 1)
-        bytes[place >> 1] = 0
+        key = i64(0)  # the 40 bits of it that begin with the byte of the nibble
+        for k in range(5):
+            key = key << 8 | i64(load8(ha + KEY_AT + (place >> 1) + k))
+        first = place * 16
+        nibbles[first] = 0
+        for bit in range(4):
+            # Of the lowest bit the window begins three bits behind that of the highest.
+            window = key >> (8 - (place & 1) * 4 - (3 - bit)) & 0xFFFFFFFF
+            for value in range(1 << bit):
+                nibbles[first + (1 << bit) + value] = i64(nibbles[first + value]) ^ window
 
 
 @inline
@@ -128,3 +131,6 @@ def choose_queue(porta: int, pa: int, queues: int, shards: int) -> int:
         return value % queues
     # Held against the number of queues when it was set; this is for a table of another connection.
     return i64(records(ha + MAPPING_AT, MOST_MAPPING, _U4)[value % entries]) % queues
+
+
+assert MOST_HASHED + 4 <= MOST_KEY, "the last window is in the key"

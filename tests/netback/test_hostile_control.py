@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import threading
 import time
 from typing import Any
@@ -13,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvdrivers.frontends import netfront_control_kernels as kernels
+from pvdrivers.frontends.netfront import Frame
 from pvdrivers.frontends.netfront_control import ControlRing
 from rings import netif
 from rings.ring import RING_END
 
-from .conftest import Guest, until
+from .conftest import WORKERS, Guest, until
 from .control_bed import KEY, REQUESTS, mapping
 from .naive_control import INVALID, OVERFLOW, Vif
 from .test_control_ring import came, flow
@@ -101,6 +104,30 @@ def test_a_full_ring_is_served_a_few_at_a_time(net: Any) -> None:
         put(liar, *((k, netif.CTRL_SET_HASH_KEY, gref, 40, 0) for k in range(128)))
         talk(a, b)
         assert [answer[0] for answer in answers(liar, 128)] == list(range(128))
+
+
+@pytest.mark.skipif(WORKERS != "1", reason="both are to have one worker")
+def test_what_a_neighbour_waits_for_meanwhile(net: Any) -> None:
+    """192 packets are six visits. All of them and all requests are there when the daemon looks, and each packet is told
+    its hash, which says how many keys had been set by then: no more than one a visit."""
+    liar, a = net.guest(), net.guest()
+    liar.vif.set_hash(KEY)
+    ctypes.memmove(control(liar)._pages.address + 4096, KEY, len(KEY))  # type: ignore[union-attr]
+    ip = bytes([0x60, 0, 0, 0, 0, 60, 6, 64]) + bytes(range(0xA1, 0xC1)) + b"ports" + bytes(55)
+    frame = Frame(liar.mac + a.mac + b"\x86\xdd" + ip)
+    hashes = [Vif(1, types=15, key=KEY[:size]).hash(6, ip, ip[40:44]) for size in (40, *range(1, 40))]
+    assert len(set(hashes)) == 40
+    os.kill(net.daemon.popen.pid, signal.SIGSTOP)
+    try:
+        put(liar, *((k, netif.CTRL_SET_HASH_KEY, control(liar)._grefs[1], k, 0) for k in range(1, 40)))
+        a.vif.send_all([frame] * 192, timeout=5)
+    finally:
+        os.kill(net.daemon.popen.pid, signal.SIGCONT)
+    came: list[Frame] = []
+    while len(came) < 192:
+        came += liar.vif.receive_all(64, 5)
+    assert [answer[2] for answer in answers(liar, 39)] == [0] * 39
+    assert hashes.index((came[-1].hash_type, came[-1].hash)) <= 10
 
 
 def test_pages_that_are_not_there(net: Any) -> None:
