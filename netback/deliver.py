@@ -360,5 +360,7 @@ def to_guest(wa: int, swa: int, pa: int, ra: int) -> int:
     q = rx_queue_at(ring["priv"])
     if n < need or q["count"] > 0 or not may_pass(limit, q["index"], packet["size"], worker_at(wa)["now"]):
         return i64(_have_wait(wa, swa, pa, ra))
+    # Buffers may still be lacking for one that has been given up; but as in Linux, who takes what comes is not stalled.
+    q["lacking"] = q["since"] = 0
     place(wa, swa, pa, ra, headroom)
     return i64(1)

@@ -5,8 +5,8 @@ As Linux's netback (drivers/net/xen-netback/rx.c), and its rules after XSA-392:
     drain     what has waited for rx_drain_timeout_msecs is dropped: 10 s, or 30 ms for a guest that does not say when
               it posts a buffer (no feature-rx-notify)
     stall     where the next packet has lacked buffers for rx_stall_timeout_msecs, however many there are that do not
-              do: 60 s, never without feature-rx-notify. Then the vif has no carrier, and what is sent to it is dropped
-              at once, until there are as many as were lacking.
+              do: 60 s, never without feature-rx-notify, and anew with each packet that is delivered. Then the vif
+              has no carrier, and what is sent to it is dropped at once, until there are as many as were lacking.
 """
 
 from __future__ import annotations

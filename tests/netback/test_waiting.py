@@ -142,6 +142,25 @@ def test_a_guest_without_buffers_for_too_long_has_no_carrier(net: Any) -> None:
 
 
 @daemon_serves
+def test_a_guest_that_takes_what_comes_does_not_stall(net: Any) -> None:
+    """One packet was too large for the buffers that it had, and has expired; each that came since was delivered."""
+    be = {"rx_stall_timeout_msecs": 1500, "rx_drain_timeout_msecs": 100}
+    a, b = net.guest(), net.guest(be=be)
+    small = a.frame(b, b"fits")
+    for _ in range(246):
+        a.vif.send(small)
+    until(lambda: b.counted("received") == 246)
+    a.vif.send(a.frame(b, bytes(60000)))
+    until(lambda: b.counted("expired") == 1)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        a.vif.send(small)
+        assert b.vif.receive(5) == small
+        time.sleep(0.005)
+    assert b.counted("dropped") == 0 and carrier(b) == b"1" and b.vif.carrier
+
+
+@daemon_serves
 def test_a_guest_that_never_says_when_it_posts_never_stalls(net: Any) -> None:
     a, b = net.guest(), net.guest(wishes=Wishes(notify=False), be={"rx_stall_timeout_msecs": 100})
     frame = fill(a, b, 3)
