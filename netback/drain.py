@@ -22,7 +22,7 @@ from rings.jit import inline, kernel
 from rings.ring import CORRUPT, RING_END, available
 
 from .deliver import accepted, begin, flush, pages_of, place, slots_of
-from .limit import charge, end_turn, has_credit, may_begin
+from .limit import charge, end_turn, has_credit, may_begin, wait_no_more
 from .records import BATCH, N_EXPIRED, N_UNSUPPORTED, STALLED_AT, packet_at, port_at
 from .waiting import first_of, following, let_go, rx_queue_at
 
@@ -134,12 +134,12 @@ def drain(wa: int, swa: int, ra: int) -> None:
     ring = ring_at(ra)
     qa = ring["priv"]
     q = rx_queue_at(qa)
-    if q["count"] == 0 and q["lacking"] == 0:
-        return
+    la = port_at(ring["device"])["to_guest"]
     if q["count"] > 0:
         _give_up(ra, worker_at(wa)["now"])
-    if q["count"] > 0:
-        la = port_at(ring["device"])["to_guest"]
+    if q["count"] == 0:
+        wait_no_more(wa, la, q["index"], ra)
+    else:
         q["lacking"] = 0
         if may_begin(wa, la, q["index"], ra):
             q["lacking"] = _deliver(wa, swa, ra)

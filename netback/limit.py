@@ -132,6 +132,19 @@ def end_turn(la: int, queue: int, more: int) -> None:
 
 
 @kernel
+def wait_no_more(wa: int, la: int, queue: int, ra: int) -> None:
+    """A queue has nothing left to send, and had no turn: it waits for none. Its ring is served again if that cannot be
+    said now."""
+    if limit_at(la)["waiting"] >> queue & 1 == 0:
+        return
+    if not _hold(la, queue):
+        wake_at(wa, ra, worker_at(wa)["now"] + AGAIN_NS)
+        return
+    _choose(la, queue, i64(0))
+    _let_go(la, queue)
+
+
+@kernel
 def _choose(la: int, queue: int, more: int) -> None:
     """Who of those that wait has the turn now."""
     limit = limit_at(la)

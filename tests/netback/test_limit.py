@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from netback.drain import drain
 from netback.limit import AGAIN_NS, charge, end_turn, has_credit, may_begin, may_pass
-from netback.records import LIMIT
+from netback.records import LIMIT, N_EXPIRED, PACKET, PORT, RX_QUEUE
+from netback.waiting import WAIT_BYTES, keep
 from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront import Frame
-from pvdrivers.worker.records import RING, WORKER
+from pvdrivers.worker.records import RING, STATS, WORKER
 from rings.jit import kernel
 
 from .conftest import Guest, until
@@ -90,6 +92,32 @@ def test_one_worker_at_a_time_looks_into_the_bucket() -> None:
     limit[0]["holder"] = 2
     end_turn(la, 1, 0)
     assert limit[0]["holder"] == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_queue_whose_last_packet_expires_waits_for_no_turn(shared: bool) -> None:
+    """Else packets of the others could not pass at once any more, until it has some again."""
+    worker, ring, port, limit = np.zeros(1, WORKER), np.zeros(1, RING), np.zeros(1, PORT), np.zeros(1, LIMIT)
+    queue, packet, stats = np.zeros(1, RX_QUEUE), np.zeros(1, PACKET), np.zeros(1, STATS)
+    memory, data = np.zeros(WAIT_BYTES, np.uint8), np.zeros(60, np.uint8)
+    wa, ra, la = (int(array.ctypes.data) for array in (worker, ring, limit))
+    port[0]["to_guest"], queue[0]["base"], packet[0]["data"] = la, memory.ctypes.data, data.ctypes.data
+    ring[0]["priv"], ring[0]["device"], ring[0]["stats"] = (int(x.ctypes.data) for x in (queue, port, stats))
+    packet[0]["size"] = packet[0]["have"] = 60
+    limit[0]["rate"], limit[0]["burst"], limit[0]["shared"] = 1e-9, 131072.0, shared
+    limit[0]["tokens"], limit[0]["at"], worker[0]["now"] = -1.0, 10**9, 10**9
+    assert keep(queue.ctypes.data, packet.ctypes.data, 10**9 + 1)
+    drain(wa, 0, ra)
+    assert limit[0]["waiting"] == 1 and queue[0]["count"] == 1, "there is no credit"
+    limit[0]["tokens"], worker[0]["now"], limit[0]["holder"] = 1e5, 10**9 + 1, 2 * shared
+    drain(wa, 0, ra)
+    assert queue[0]["count"] == 0 and stats[0]["kinds"][N_EXPIRED] == 1
+    if shared:  # another worker is at it
+        assert limit[0]["waiting"] == 1 and 0 < ring[0]["wake_at"] <= 10**9 + 1 + AGAIN_NS
+        limit[0]["holder"] = 0
+        drain(wa, 0, ra)
+    assert limit[0]["waiting"] == 0 and limit[0]["holder"] == 0
+    assert may_pass(la, 1, 60, 10**9 + 1)
 
 
 def flow(guest: Guest, to: Guest, port: int, size: int) -> bytes:
