@@ -86,12 +86,13 @@ class Groups:
                 with queue.tx_lock:
                     if not queue.active:
                         raise OSError(errno.EIO, f"vif {vif.name}: not connected")
+                    # The answer, or before ours is asked for that to an earlier one, which came too late.
+                    out = int(queue.record[0]["amended"]) >= 0
+                    violated = out and kernels.reap(queue.at) < 0
                     if put == 0 and int(queue.record[0]["amended"]) < 0:
                         put = int(netfront_groups_kernels.amend(queue.at, kind, int.from_bytes(group, "little")))
-                    elif put == 1:
-                        kernels.reap(queue.at)
+                        violated = put < 0
                     answer = int(queue.record[0]["answer"]) if put == 1 else NO_ANSWER
-                    violated = put < 0
                     waits = not violated and answer == NO_ANSWER and kernels.arm(queue.at, TX) == 0
             finally:
                 queue.go_on()

@@ -110,6 +110,20 @@ def drained(guest: Any) -> None:
 
 
 @daemon_serves
+def test_an_answer_that_came_too_late_is_none_to_the_next_request(net: Any) -> None:
+    """By a guest that sends nothing, which would have found it."""
+    a, b = net.guest(), net.guest(wishes=Wishes(multicast=True))
+    for ask, group in ((b.vif.groups.join, A), (b.vif.groups.leave, A)):
+        with pytest.raises(TimeoutError):
+            ask(group, timeout=0)
+        b.vif.groups.join(B, timeout=5)
+    assert b.vif.groups.joined == {B}
+    a.vif.send(a.frame(A))
+    a.vif.send(a.frame(B))
+    assert b.vif.receive(5) == a.frame(B)
+
+
+@daemon_serves
 def test_groups_beyond_the_limit_and_after_a_reconnect(net: Any) -> None:
     a, b = net.guest(), net.guest(wishes=Wishes(multicast=True))
     for k in range(MOST_GROUPS):
