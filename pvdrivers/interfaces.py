@@ -11,13 +11,14 @@ import socket
 import struct
 
 __all__ = ["TSO4", "TSO6", "TSO_ECN", "TUN_CSUM", "TUN_DEVICE", "open_tun", "set_address", "set_hardware_address",
-           "set_mtu", "set_tap_carrier", "set_tap_offload", "take_tap", "up"]  # fmt: skip
+           "set_mtu", "set_tap_carrier", "set_tap_offload", "set_tap_queue", "take_tap", "up"]  # fmt: skip
 
 TUN_DEVICE = "/dev/net/tun"
 TUN_CSUM, TSO4, TSO6, TSO_ECN = 1, 2, 4, 8
 """TUN_F_*: what whoever reads a TAP takes."""
 
-_TUNSETIFF, _TUNSETOFFLOAD, _TUNSETCARRIER = 0x400454CA, 0x400454D0, 0x400454E2
+_TUNSETIFF, _TUNSETOFFLOAD, _TUNSETQUEUE, _TUNSETCARRIER = 0x400454CA, 0x400454D0, 0x400454D9, 0x400454E2
+_IFF_ATTACH_QUEUE, _IFF_DETACH_QUEUE = 0x200, 0x400
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x2, 0x100, 0x1000, 0x4000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C
 _SIOCSIFMTU, _SIOCSIFHWADDR = 0x8922, 0x8924
@@ -33,6 +34,11 @@ def take_tap(fd: int, name: str, *, several: bool) -> None:
     """Have it a queue of the TAP of that name, which is made if it is not there; packets have a virtio_net_hdr."""
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if several else 0)
     fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+
+
+def set_tap_queue(fd: int, on: bool) -> None:
+    """Take a queue out of a TAP of several, so that nothing goes by it, or back in."""
+    fcntl.ioctl(fd, _TUNSETQUEUE, struct.pack("16xH22x", _IFF_ATTACH_QUEUE if on else _IFF_DETACH_QUEUE))
 
 
 def set_tap_offload(fd: int, offload: int) -> None:

@@ -112,6 +112,11 @@ class Netfront(Frontend):
         self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
         self._frames = np.zeros((2, _BATCH), FRAME)
 
+    @property
+    def most_queues(self) -> int:
+        """It has no more, whatever a backend offers; each connection may have another number."""
+        return len(os.sched_getaffinity(0)) if self._want_queues is None else self._want_queues
+
     # Packets
 
     def send(self, frame: Any, *, csum: int = CSUM_NONE, gso_size: int = 0, gso_type: int = 0,
@@ -294,8 +299,7 @@ class Netfront(Frontend):
         self.mac = keys.read_mac(lambda key: store.read(f"{self.path}/{key}"))
         self.mtu = keys.read_mtu(lambda key: store.read(f"{self.path}/{key}"))
         self.offer = keys.read_offer(self._read_key)
-        cpus = len(os.sched_getaffinity(0))
-        count = min(self.offer.queues, cpus if self._want_queues is None else self._want_queues)
+        count = min(self.offer.queues, self.most_queues)
         while len(self.queues) < count:
             self.queues.append(Queue(self.platform, len(self.queues)))
         for queue in self.queues[count:]:

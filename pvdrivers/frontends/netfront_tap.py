@@ -28,6 +28,7 @@ from pvdrivers.interfaces import (
     set_mtu,
     set_tap_carrier,
     set_tap_offload,
+    set_tap_queue,
     take_tap,
     up,
 )
@@ -37,6 +38,7 @@ from . import netfront_tap_kernels as kernels
 from .netfront import Netfront
 from .netfront import warm as warm_vif
 from .netfront_keys import Offer
+from .netfront_queue import Queue
 from .netfront_records import FRAME
 
 __all__ = ["Tap", "warm"]
@@ -47,18 +49,24 @@ _MOMENT = 0.005
 
 
 class Tap:
-    """A TAP in the network namespace of this thread, up, with the vif's address. It goes with close()."""
+    """A TAP in the network namespace of this thread, up, with the vif's address. It goes with close().
+
+    It has a queue for each of the vif's, with a thread each. The vif may have fewer after a reconnect, or more: those
+    that are not wanted are taken out of the TAP, whose flows would go by them and be lost, and their threads wait.
+    """
 
     def __init__(self, vif: Netfront, name: str, *, mtu: int = 1500) -> None:
-        """The vif is connected. A queue of the TAP for each of its own. PlatformError naming what cannot be had."""
+        """The vif is connected. PlatformError naming what cannot be had."""
         self.vif, self.name = vif, name
         self._fds: list[int] = []
         self._threads: list[threading.Thread] = []
+        self._several = vif.most_queues > 1
+        self._in = 0  # of the queues, those before this one are in the TAP
+        self._change = threading.Condition()  # of that, and of the next
         self._ended = False
-        self._offered = vif.offer
+        self._offered = vif.offer  # what a queue that is opened is told
         try:
-            for _ in vif.queues:
-                self._fds.append(self._open(len(vif.queues) > 1))
+            self._have(len(vif.queues))
             self._set_up(mtu)
         except OSError as e:
             for fd in self._fds:
@@ -69,10 +77,38 @@ class Tap:
             raise PlatformError(text) from e
         vif.on_carrier.append(self._set_carrier)
         self._set_carrier(vif.carrier)
-        for index, fd in enumerate(self._fds):
-            thread = threading.Thread(target=self._carry, args=(index, fd), name=f"tap-{name}-{index}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._begin()
+
+    def _have(self, count: int) -> None:
+        """So many queues are in the TAP. As many as can be had if one cannot."""
+        while self._in > count:
+            set_tap_queue(self._fds[self._in - 1], False)
+            self._in -= 1
+        while self._in < count:
+            if self._in < len(self._fds):
+                set_tap_queue(self._fds[self._in], True)
+            else:
+                self._fds.append(self._open(self._several))
+            self._in += 1
+
+    def _begin(self) -> None:
+        """A thread for each queue that has none; those that wait for theirs look whether it is in the TAP."""
+        with self._change:  # the first thread does so as well
+            for index in range(len(self._threads), len(self._fds)):
+                name = f"tap-{self.name}-{index}"
+                self._threads.append(threading.Thread(target=self._carry, args=(index,), name=name, daemon=True))
+                self._threads[-1].start()
+            self._change.notify_all()
+
+    def _follow(self) -> None:
+        """There is a new connection: as many queues as that has. On the first queue's thread, which is in the TAP's
+        namespace and holds that queue's locks, so that there is no other connection meanwhile."""
+        self._offered = self.vif.offer
+        try:
+            self._have(len(self.vif.queues))
+        except OSError as e:
+            log.warning("TAP %s: %d of %d queues: %s", self.name, self._in, len(self.vif.queues), e)
+        self._begin()
 
     def _open(self, several: bool) -> int:
         fd = open_tun()
@@ -115,32 +151,41 @@ class Tap:
             except OSError as e:
                 log.debug("TAP %s: no carrier can be set: %s", self.name, e)
 
-    def _carry(self, index: int, fd: int) -> None:
-        buffers, frames = np.zeros(kernels.BUFFERS, np.uint8), np.zeros(2, FRAME)
-        registered, offer = False, self._offered
-        while not self._ended and not self.vif.failure and index < len(self.vif.queues):
-            queue = self.vif.queues[index]
-            if not registered:
-                queue.watch(fd)
-                registered = True
+    def _carry(self, index: int) -> None:
+        fd, buffers, frames = self._fds[index], np.zeros(kernels.BUFFERS, np.uint8), np.zeros(2, FRAME)
+        watched: Queue | None = None
+        offer = self._offered
+        while not self._ended and not self.vif.failure:
+            with self._change:
+                # Not before: the epoll of a queue does not hear of a descriptor that is out of the TAP when it comes.
+                self._change.wait_for(lambda: index < self._in or self._ended)
             result = 0
-            with queue.tx_lock, queue.rx_lock:
-                if queue.active and not self._ended:
+            for queue in self.vif.queues[index : index + 1]:  # in one go: they may become fewer at any time
+                with queue.tx_lock, queue.rx_lock:
+                    if not queue.active or self._ended:
+                        continue
+                    if index == 0:
+                        self._follow()
+                    if queue is not watched:
+                        queue.watch(fd)
+                        watched = queue
                     offer = self._offer_again(fd, offer)
                     result = kernels.pump(queue.at, fd, buffers.ctypes.data, frames.ctypes.data)
-            if result < 0:
-                self.vif.violated(queue.violation())
-            elif not self._ended:
+                if result < 0:
+                    self.vif.violated(queue.violation())
+            if result == 0 and not self._ended:
                 time.sleep(_MOMENT)  # there is a new connection to be made
 
     def close(self) -> None:
         """Take the TAP away. The vif stays."""
-        self._ended = True
+        with self._change:
+            self._ended = True
+            self._change.notify_all()
         self.vif.on_carrier.remove(self._set_carrier)
         queues = list(self.vif.queues)  # a connection made meanwhile may have others
         for queue in queues:
             queue.interrupt()
-        for thread in self._threads:
+        for thread in self._threads:  # the first may have begun others until it ended
             thread.join()
         for queue in queues:
             queue.go_on()
