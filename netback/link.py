@@ -36,6 +36,7 @@ from rings.jit import inline, kernel
 from rings.ring import RING_END
 
 from .records import FRAGMENT_AT, HEADROOM, MAX_SHARDS, PACKET, packet_at
+from .waiting import copy_packet
 
 LINK_BYTES, WIRE_BYTES = 1 << 21, 1 << 18
 """Bytes of packets that are on their way from one worker to another, of a switch and of a wire, which each vif may
@@ -110,13 +111,10 @@ def _has_room(la: int, more: int) -> bool:
 
 @kernel
 def put(la: int, pa: int) -> int:
-    """Put a packet, with all that is known of it, behind the last: its address there; 0 if there is no room.
-
-    The bytes that are private are copied; whoever asked has the others put behind them before it is published.
-    """
+    """Put a packet behind the last, as copy_packet() does: its address there; 0 if there is no room. It is published
+    when all of its bytes are there."""
     link = link_at(la)
-    packet = packet_at(pa)
-    need = i64(_room_of(packet["size"]))
+    need = i64(_room_of(packet_at(pa)["size"]))
     at = link["written"] & (link["size"] - 1)
     left = link["size"] - at
     if not _has_room(la, need if need <= left else left + need):
@@ -127,12 +125,7 @@ def put(la: int, pa: int) -> int:
         at = i64(0)
     link["written"] += need
     there = link["data"] + at
-    copy_bytes(there, pa, FRAGMENT_AT)
-    entry = packet_at(there)
-    entry["data"] = there + HEAD_BYTES
-    copy_bytes(entry["data"], packet["data"], min(packet["have"], packet["size"]))
-    entry["have"], entry["want"], entry["fragments"] = packet["size"], packet["size"], 0
-    entry["stage"], entry["retag"] = 0, 0
+    copy_packet(there, pa, HEAD_BYTES)
     return there
 
 

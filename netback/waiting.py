@@ -29,15 +29,25 @@ def _room_of(size: int) -> int:
     return HEAD_BYTES + ((size + _LINE - 1) & ~(_LINE - 1))
 
 
+@inline
+def copy_packet(there: int, pa: int, head: int) -> Any:
+    """All that is known of a packet, to another place, and behind `head` bytes those of it that are private: the PACKET
+    there. It is to have all of its bytes there: whoever asked has the others put behind them before it is looked at."""
+    packet = packet_at(pa)
+    copy_bytes(there, pa, FRAGMENT_AT)
+    entry = packet_at(there)
+    entry["data"] = there + head
+    copy_bytes(entry["data"], packet["data"], min(packet["have"], packet["size"]))
+    entry["have"], entry["want"], entry["fragments"] = packet["size"], packet["size"], 0
+    entry["stage"], entry["retag"] = 0, 0
+    return entry
+
+
 @kernel
 def keep(qa: int, pa: int, until: int) -> int:
-    """Room behind the last for a packet, with all that is known of it: its address; 0 if there is none.
-
-    The bytes that are private are copied; whoever asked has the others put behind them before it is looked at again.
-    """
+    """Put a packet behind the last, as copy_packet() does: its address there; 0 if there is no room for it."""
     q = rx_queue_at(qa)
-    packet = packet_at(pa)
-    size = i64(_room_of(packet["size"]))
+    size = i64(_room_of(packet_at(pa)["size"]))
     if q["count"] == 0:
         q["first"], q["free"], q["wrap"] = 0, 0, WAIT_BYTES
     at = q["free"]
@@ -50,12 +60,7 @@ def keep(qa: int, pa: int, until: int) -> int:
     elif at + size > q["first"]:
         return i64(0)
     kept = q["base"] + at
-    copy_bytes(kept, pa, FRAGMENT_AT)
-    entry = packet_at(kept)
-    entry["data"], entry["until"] = kept + HEAD_BYTES, until
-    copy_bytes(entry["data"], packet["data"], min(packet["have"], packet["size"]))
-    entry["have"], entry["want"], entry["fragments"] = packet["size"], packet["size"], 0
-    entry["stage"], entry["retag"] = 0, 0
+    copy_packet(kept, pa, HEAD_BYTES)["until"] = until
     q["free"] = at + size
     q["count"] += 1
     return kept

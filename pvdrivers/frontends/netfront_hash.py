@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rings.netif import (
-    CTRL_GET_HASH_FLAGS,
-    CTRL_GET_HASH_MAPPING_SIZE,
     CTRL_SET_HASH_ALGORITHM,
     CTRL_SET_HASH_FLAGS,
     CTRL_SET_HASH_KEY,
@@ -55,13 +53,3 @@ def apply(ring: ControlRing, wanted: Hash | None, timeout: float) -> None:
         content = struct.pack(f"<{len(part)}I", *part)
         ring.ask_with(CTRL_SET_HASH_MAPPING, content, None, len(part), at, timeout=timeout)
     ring.ask(CTRL_SET_HASH_FLAGS, wanted.types, timeout=timeout)
-
-
-def most_entries(ring: ControlRing, timeout: float) -> int:
-    """How many entries a mapping may have; 0: there is none, only the modulus."""
-    return ring.ask(CTRL_GET_HASH_MAPPING_SIZE, timeout=timeout)
-
-
-def types_of(ring: ControlRing, timeout: float) -> int:
-    """The types that the backend knows. EOPNOTSUPP before a hash was set."""
-    return ring.ask(CTRL_GET_HASH_FLAGS, timeout=timeout)
