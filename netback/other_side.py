@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from pvdrivers.device import BackKeys, Context
-from pvdrivers.errors import PlatformError
 from pvdrivers.worker.pool import WorkerPool
 
 from .outer import OuterPort
@@ -25,9 +24,6 @@ class OtherSide:
         self._uplink: Uplink | None = None
         self._outer: OuterPort | None = None
         self._asked: tuple[PortSpec, int, bool] | None = None
-        self._attached: tuple[Switch, int, int, object] | None = None
-        self.lost = 0
-        """The errno by which what was there is gone."""
 
     def open(self, spec: PortSpec, params: BackKeys) -> None:
         """As the backend directory says. PlatformError, ConfigError: what cannot be had, and why."""
@@ -37,10 +33,14 @@ class OtherSide:
             script = PurePath(params.str_key("script", "")).name
             # Of another script of the toolstack's a bridge's name may mean anything, or nothing.
             asked = (spec, mtu, spec.kind == "tap" or script in ("", "vif-bridge"))
-        if self._outer is not None and (self.lost or asked != self._asked):
+        if self._outer is not None and asked != self._asked:
             self.close(delete=True)
         self._asked = asked
-        self._open()
+        if self._outer is not None:
+            self._outer.renew()
+        elif asked is not None:
+            spec, mtu, needs_bridge = asked
+            self._outer = OuterPort(spec, mtu, self._owner, self._stats, needs_bridge=needs_bridge)
         uplink = self._find_uplink(spec) if spec.kind == "switch" else None
         if self._uplink is not None and self._uplink is not uplink:
             self._uplink.close(self._owner)
@@ -60,35 +60,15 @@ class OtherSide:
         uplink: Uplink = switch.uplink
         return uplink
 
-    def _open(self) -> None:
-        if self._outer is None and self._asked is not None:
-            spec, mtu, needs_bridge = self._asked
-            self._outer = OuterPort(spec, mtu, self._owner, self._stats, needs_bridge=needs_bridge)
-            self.lost = 0
-
     def attach(self, switch: Switch, queues: int, accepts: int, device: object) -> None:
         """The vif has joined a switch with so many queues: what is behind it does, too."""
-        self._attached = (switch, queues, accepts, device)
-        try:
-            self._attach(switch, queues, accepts, device)
-        except PlatformError:
-            if self._outer is None:
-                raise
-            # It may have gone while nobody was looking: once more, with another.
-            self._outer.close(delete=True)
-            self._outer = None
-            self._attach(switch, queues, accepts, device)
+        if self._outer is not None:
+            self._outer.attach(switch, queues, accepts, device)
         if self._uplink is not None:
             self._uplink.join(self._owner)
 
-    def _attach(self, switch: Switch, queues: int, accepts: int, device: object) -> None:
-        self._open()  # or there is none since it was tried last
-        if self._outer is not None:
-            self._outer.attach(switch, queues, accepts, device)
-
     def detach(self) -> None:
         """Harmless a second time."""
-        self._attached = None
         if self._outer is not None:
             self._outer.detach()
         if self._uplink is not None:
@@ -96,23 +76,17 @@ class OtherSide:
 
     def gone(self, error: int) -> str:
         """What was there is not there any more: in words."""
-        self.lost = error
         return "" if self._outer is None else self._outer.lost(error)
 
     def make_again(self) -> None:
         """If it is gone. Raises as open() does."""
         if self._uplink is not None:
             self._uplink.make_again()
-        if self.lost and self._outer is not None:
-            attached = self._attached
-            self.close(delete=True)
-            self._open()
-            if attached is not None:
-                self.attach(*attached)
+        if self._outer is not None:
+            self._outer.renew()
 
     def close(self, *, delete: bool = False) -> None:
         """Let go of it; with `delete` what was made for it is no more. Harmless a second time."""
-        self._attached = None
         if self._outer is not None:
             self._outer.close(delete=delete)
             self._outer = None

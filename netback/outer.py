@@ -2,6 +2,7 @@
 
     open      when the vif is advertised: the TAP is there before its guest is
     attach    when the vif connects: as many queues as it has
+    renew     what is behind may have gone: under traffic, of which lost() hears, or while nobody was looking
     detach    and the TAP has no carrier any more
     close     the process ends: a TAP stays, for the next one
     remove    the vif is gone, and so is what was made for it
@@ -36,11 +37,14 @@ class OuterPort:
     def __init__(self, spec: PortSpec, mtu: int, owner: str, stats: Path, *, needs_bridge: bool = True) -> None:
         """Open it. PlatformError, ConfigError: what cannot be had, and why."""
         self.spec, self.mtu, self.owner = spec, mtu, owner
+        self._needs_bridge = needs_bridge
         self.port = Port(f"{owner}: {spec}", vlan=spec.vlan, trunk=spec.trunk)
         self.switch: Switch | None = None
         self._stats = stats
         self._counters: StatsFile | None = None
         self._handles: list[RingHandle] = []
+        self._wanted: tuple[Switch, int, int, Any] | None = None
+        self._lost = False
         self._key = ("packet" if spec.kind == "packet" else "tap", spec.netns, spec.name)
         with _taken_lock:
             other = _taken.get(self._key)
@@ -48,12 +52,15 @@ class OuterPort:
                 raise ConfigError(f"TAP {spec.name} is that of {other.owner} already; name another")
             _taken[self._key] = self
         try:
-            self.behind: Tap | PacketSocket = (
-                PacketSocket(spec, mtu) if spec.kind == "packet" else Tap(spec, mtu, owner, needs_bridge=needs_bridge)
-            )
+            self.behind = self._open()
         except BaseException:
             self._free()
             raise
+
+    def _open(self) -> Tap | PacketSocket:
+        if self.spec.kind == "packet":
+            return PacketSocket(self.spec, self.mtu)
+        return Tap(self.spec, self.mtu, self.owner, needs_bridge=self._needs_bridge)
 
     def _free(self) -> None:
         with _taken_lock:
@@ -62,12 +69,24 @@ class OuterPort:
 
     def attach(self, switch: Switch, queues: int, accepts: int, device: Any) -> None:
         """Join a switch with so many queues, for receivers of `accepts`. `device` is told if what is behind goes."""
-        self.switch = switch
-        try:
-            self._attach(switch, self.behind.open_queues(queues, accepts), device)
-        except BaseException:
-            self.detach()
-            raise
+        self._wanted = (switch, queues, accepts, device)
+        self.renew()
+
+    def renew(self) -> None:
+        """Have it there: opened anew if it has gone, and attached if it was. Raises as opening it does, and may be
+        called again then. Nothing is deleted: an operator may have given it an address, or to Open vSwitch."""
+        if self._lost or not self.behind.is_there():
+            fresh = self._open()  # before the other is let go of: if there is none, what it loses is counted yet
+            self._detach()
+            self.behind.close()
+            self.behind, self._lost = fresh, False
+        if self._wanted is not None and self.switch is None:
+            self.switch, queues, accepts, device = self._wanted
+            try:
+                self._attach(self.switch, self.behind.open_queues(queues, accepts), device)
+            except BaseException:
+                self._detach()
+                raise
 
     def _attach(self, switch: Switch, fds: list[int], device: Any) -> None:
         queues = len(fds)
@@ -101,6 +120,10 @@ class OuterPort:
 
     def detach(self) -> None:
         """Leave the switch. Harmless a second time."""
+        self._wanted = None
+        self._detach()
+
+    def _detach(self) -> None:
         if self.switch is None:
             return
         self.port.record[0]["n_out"] = 0
@@ -121,6 +144,7 @@ class OuterPort:
         self._free()
 
     def lost(self, error: int) -> str:
-        """In words: what was behind is gone, by this errno."""
+        """What was behind is gone, by this errno: in words."""
+        self._lost = True
         why = os.strerror(error)
         return f"{self.behind.what}: it is gone ({why}); what is to leave by it is lost until it is there again"

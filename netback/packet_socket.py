@@ -71,6 +71,13 @@ class PacketSocket:
         membership = struct.pack("iHH8s", self._index, _MR_PROMISC, 0, b"")
         sock.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
 
+    def is_there(self) -> bool:
+        """Whether the interface is the one that it was: one that went and came back has another number."""
+        try:
+            return self._index == in_namespace(self.spec.netns, partial(socket.if_nametoindex, self.spec.name))
+        except (OSError, PlatformError):
+            return False
+
     def open_queues(self, count: int, accepts: int) -> list[int]:
         """Have so many sockets, which share what comes by its flow. Their descriptors, non-blocking."""
         while len(self._sockets) < count:

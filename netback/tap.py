@@ -18,7 +18,7 @@ from .links import Links, find_bridge, in_namespace, set_up_tap
 from .port import PortSpec
 from .records import ACCEPTS_GSO4, ACCEPTS_GSO6
 
-_TUNSETPERSIST = 0x400454CB
+_TUNSETPERSIST, _TUNGETIFF = 0x400454CB, 0x800454D2
 
 
 class Tap:
@@ -75,6 +75,14 @@ class Tap:
         if error.errno in (errno.E2BIG, errno.EBUSY):
             return PlatformError(f"{self.what}: another process has all of its queues")
         return PlatformError(f"{self.what}: it cannot be made: {error.strerror}")
+
+    def is_there(self) -> bool:
+        """Whether our queues are those of a TAP yet: one that was deleted and made again is another."""
+        try:
+            fcntl.ioctl(self.fds[0], _TUNGETIFF, bytes(40))
+        except (IndexError, OSError):
+            return False
+        return True
 
     def open_queues(self, count: int, accepts: int) -> list[int]:
         """Have so many queues, which take what a receiver of `accepts` takes. Their descriptors, non-blocking."""

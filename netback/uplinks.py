@@ -51,32 +51,27 @@ class Uplink:
         self._outer: OuterPort | None = None
         self._open: set[str] = set()
         self._joined: set[str] = set()
-        self._lost = 0
+        self._lost = False  # and the log has heard of it
 
     def open(self, vif: str) -> None:
         """A vif is advertised. Raises PlatformError, ConfigError."""
         with self._lock:
-            if self._lost and self._outer is not None:
-                self._outer.close(delete=True)
-                self._outer = None
             if self._outer is None:
                 mtu = self.spec.mtu or (0 if self.spec.kind == "packet" else DEFAULT_MTU)
                 self._outer = OuterPort(self.spec, mtu, f"uplink-{self.switch.name}", self._stats)
-                self._lost = 0
-                if self._joined:
-                    self._attach()
+            else:
+                self._outer.renew()
+            self._lost = False
             self._open.add(vif)
 
     def join(self, vif: str) -> None:
-        """It is connected."""
+        """It is connected. Raises as open() does."""
         with self._lock:
-            if not self._joined:
-                self._attach()
+            if self._outer is not None:
+                queues = min(max(QUEUES, len(self.switch.shards)), MAX_QUEUES)
+                self._outer.attach(self.switch, queues, ACCEPTS_ALL, self)
+                self._lost = False
             self._joined.add(vif)
-
-    def _attach(self) -> None:
-        if self._outer is not None:
-            self._outer.attach(self.switch, min(max(QUEUES, len(self.switch.shards)), MAX_QUEUES), ACCEPTS_ALL, self)
 
     def leave(self, vif: str) -> None:
         """It is connected no more. Harmless a second time."""
@@ -99,11 +94,12 @@ class Uplink:
         text = "" if self._outer is None else self._outer.lost(error)
         if not self._lost:
             log.error("uplink of switch %s: %s; SIGHUP has it made again", self.switch.name, text)
-        self._lost = error
+        self._lost = True
         return text
 
     def make_again(self) -> None:
         """If it is gone. Raises as open() does."""
-        if self._lost:
-            for vif in sorted(self._open)[:1]:
-                self.open(vif)
+        with self._lock:
+            if self._outer is not None:
+                self._outer.renew()
+                self._lost = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from netback.outer import OuterPort
+from netback.port import parse_port
 from pvdrivers.cli.stats import snapshot
+from pvdrivers.errors import PlatformError
 from pvdrivers.frontends.netfront_keys import Wishes
 
 from .conftest import COMMAND, Daemon, until
@@ -175,6 +179,56 @@ def test_a_tap_that_is_deleted(host: Bridged, machine: Make, daemon: Daemon, xen
     ping(guest, "10.98.0.9", tries=20)
     until(lambda: not found().get("error"))
     assert net.dom0.store.read(error) is None
+
+
+def test_an_interface_that_goes_and_comes_back(host: Bridged, machine: Make, daemon: Daemon, xen: Path) -> None:
+    """To look for it while it is not there changes nothing: it is found when it is."""
+
+    def plug() -> None:
+        host.run("ip", "link", "add", "veth8", "type", "veth", "peer", "name", "eth8", "netns", host.peer.name)
+        host.peer.run("ip", "link", "set", "eth8", "up")
+        host.peer.run("ip", "addr", "add", "10.98.0.8/32", "dev", "eth8")
+        host.peer.run("ip", "route", "replace", "10.98.0.1/32", "dev", "eth8")
+
+    def error() -> str:
+        return next(str(d.get("error")) for d in snapshot(xen) if d.get("uri") == "packet:veth8" and "error" in d)
+
+    plug()
+    guest = machine(f"packet:veth8;netns={host.name},tap=eth0", 1)
+    ping(guest, "10.98.0.8")
+    host.run("ip", "link", "del", "veth8")
+    until(lambda: "packet socket on veth8: it is gone" in error())
+    for _ in range(2):
+        daemon.popen.send_signal(signal.SIGHUP)
+        until(lambda: "not refreshed: packet socket on veth8: there is no interface" in error())
+    plug()
+    daemon.popen.send_signal(signal.SIGHUP)
+    ping(guest, "10.98.0.8", tries=20)
+
+
+def test_a_tap_of_which_no_more_queues_are_to_be_had_stays(
+    host: Bridged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator has set at it by hand is nothing to lose for an error that passes."""
+
+    class Nowhere:
+        def leave(self, port: object) -> None:
+            pass
+
+    def no_more() -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    port = OuterPort(parse_port(f"tap:out0;netns={host.name}"), 1500, "test", tmp_path)
+    try:
+        host.run("ip", "addr", "add", "10.98.0.77/24", "dev", "out0")
+        before = host.run("cat", "/sys/class/net/out0/ifindex")
+        with monkeypatch.context() as full, pytest.raises(PlatformError, match="Too many open files"):
+            full.setattr("netback.tap.open_tun", no_more)
+            port.attach(Nowhere(), 2, 0, None)  # type: ignore[arg-type]
+        assert host.run("cat", "/sys/class/net/out0/ifindex") == before
+        assert "10.98.0.77/24" in host.run("ip", "addr", "show", "out0")
+    finally:
+        port.close(delete=True)
 
 
 @pytest.mark.parametrize("queues", [1, 2])

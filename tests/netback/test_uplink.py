@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from .conftest import COMMAND, Daemon
-from .spaces import Bridged, Machine, Make, guests, need, ping
+from pvdrivers import sim
+
+from .conftest import COMMAND, Daemon, Net, until
+from .spaces import Bridged, Machine, Make, Namespace, guests, need, ping
 from .test_outer import iperf
 
 pytestmark = [
@@ -29,24 +31,34 @@ def host() -> Iterator[Bridged]:
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, host: Bridged) -> Iterator[Path]:
+def served(tmp_path_factory: pytest.TempPathFactory, host: Bridged) -> Iterator[Daemon]:
     path = tmp_path_factory.mktemp("uplink")
     out = f"netns={host.name}"
-    uplinks = (f"lan=tap:up0,{out},bridge=br0", f"v=tap:up1,{out},bridge=br0,vlan=7", f"t=tap:up2,{out},trunk")
-    with subprocess.Popen([*COMMAND, "sim", "--run-dir", str(path)], stdout=subprocess.PIPE, text=True) as sim:
-        assert sim.stdout is not None
-        assert sim.stdout.readline().startswith("ready")
+    uplinks = (f"lan=tap:up0,{out},bridge=br0", f"v=tap:up1,{out},bridge=br0,vlan=7", f"t=tap:up2,{out},trunk",
+               f"p=packet:veth8,{out}")  # fmt: skip
+    with subprocess.Popen([*COMMAND, "sim", "--run-dir", str(path)], stdout=subprocess.PIPE, text=True) as xen:
+        assert xen.stdout is not None
+        assert xen.stdout.readline().startswith("ready")
         daemon = Daemon(path, path / "log", *(word for uplink in uplinks for word in ("--uplink", uplink)))
-        yield path
+        yield daemon
         daemon.stop()
-        sim.terminate()
-        assert sim.wait(20) == 0
+        xen.terminate()
+        assert xen.wait(20) == 0
 
 
 @pytest.fixture
-def machine(run_dir: Path) -> Iterator[Make]:
-    with guests(run_dir) as make:
+def machine(served: Daemon) -> Iterator[Make]:
+    with guests(served.run_dir) as make:
         yield make
+
+
+@pytest.fixture
+def net(served: Daemon) -> Iterator[Net]:
+    dom0 = sim.open(served.run_dir)
+    net = Net(dom0, served.run_dir, served)
+    yield net
+    net.end()
+    dom0.close()
 
 
 def deaf(space: Machine, target: str) -> bool:
@@ -83,3 +95,72 @@ def test_a_trunk(host: Bridged, machine: Make) -> None:
         said = dump.stdout.read()
         assert dump.wait(10) == 0
     assert "vlan 1234, p 0, ethertype ARP" in said and guest.mac in said
+
+
+def test_a_tap_that_goes_while_no_vif_is_connected(host: Bridged, net: Net, machine: Make) -> None:
+    """Nothing reads it then, and so nothing hears of it. Each time a vif is advertised or connects it is looked at."""
+    guest = net.guest("switch:lan", connect=False)
+    until(lambda: net.dom0.store.read(f"{guest.backend}/state") == b"2")
+    host.run("ip", "link", "del", "up0")
+    guest.vif.connect(20)
+    shown = host.run("ip", "link", "show", "up0")
+    assert "master br0" in shown and "NO-CARRIER" not in shown
+    ping(machine("switch:lan,tap=eth0", 1), "10.98.0.9")
+    guest.vif.close()
+    host.run("ip", "link", "del", "up0")
+    host.run("ip", "tuntap", "add", "dev", "up0", "mode", "tap", "multi_queue", "vnet_hdr")  # ... as another's
+    host.run("ip", "link", "set", "up0", "master", "br0")
+    ping(machine("switch:lan,tap=eth0", 2), "10.98.0.9")
+    host.run("ip", "link", "del", "up0")
+
+
+def test_a_tap_that_goes_under_traffic(host: Bridged, served: Daemon, machine: Make) -> None:
+    a, b = machine("switch:lan,tap=eth0", 1), machine("switch:lan,tap=eth0", 2)
+    ping(a, "10.98.0.9")
+    said = served.log.read_text().count("uplink of switch lan: TAP up0: it is gone")
+    host.run("ip", "link", "del", "up0")
+    until(lambda: served.log.read_text().count("uplink of switch lan: TAP up0: it is gone") == said + 1)
+    assert deaf(a, "10.98.0.9")
+    ping(a, "10.98.0.2")
+    served.popen.send_signal(signal.SIGHUP)
+    ping(a, "10.98.0.9", tries=20)
+    host.run("ip", "link", "del", "up0")
+    ping(machine("switch:lan,tap=eth0", 3), "10.98.0.9", tries=20)  # one that connects will do as well
+    ping(b, "10.98.0.9")
+
+
+@pytest.fixture
+def behind(host: Bridged) -> Iterator[Namespace]:
+    """A namespace behind veth8, the other end of which is its eth0: 10.98.0.8."""
+    behind = Namespace()
+    plug(host, behind)
+    yield behind
+    behind.end()
+
+
+def plug(host: Bridged, behind: Namespace) -> None:
+    host.run("ip", "link", "add", "veth8", "type", "veth", "peer", "name", "eth0", "address", "00:16:3e:77:00:08",
+             "netns", behind.name)  # fmt: skip
+    behind.address("eth0", 8)
+
+
+def test_an_interface_that_goes_and_comes_back(
+    host: Bridged, behind: Namespace, net: Net, served: Daemon, machine: Make
+) -> None:
+    """While no vif is connected, and under traffic. What is there again is another, of the same name."""
+    guest = net.guest("switch:p", connect=False)
+    until(lambda: net.dom0.store.read(f"{guest.backend}/state") == b"2")
+    host.run("ip", "link", "del", "veth8")
+    guest.vif.start()
+    until(lambda: "there is no interface veth8" in guest.said())
+    plug(host, behind)
+    until(lambda: net.dom0.store.read(f"{guest.backend}/state") == b"4", 30)
+    talker = machine("switch:p,tap=eth0", 1)
+    ping(talker, "10.98.0.8")
+    host.run("ip", "link", "del", "veth8")
+    until(lambda: "uplink of switch p: packet socket on veth8: it is gone" in served.log.read_text())
+    served.popen.send_signal(signal.SIGHUP)
+    until(lambda: "not refreshed: packet socket on veth8: there is no interface veth8" in guest.said())
+    plug(host, behind)
+    served.popen.send_signal(signal.SIGHUP)
+    ping(talker, "10.98.0.8", tries=20)
