@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from pvdrivers.device import BackKeys, Context
+from pvdrivers.ethernet import LEAST_MTU, MOST_MTU
 from pvdrivers.worker.pool import WorkerPool
 
 from .outer import OuterPort
-from .port import LEAST_MTU, MOST_MTU, PortSpec
+from .port import PortSpec
 from .switch import Switch, find_switch
 from .uplinks import Uplink, uplinks_of
 

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 
 from pvdrivers.device import BackKeys
+from pvdrivers.ethernet import LEAST_MTU, MOST_MTU, mac_bytes
 
 from .control_records import MOST_STAGED
-from .port import LEAST_MTU, MOST_MTU, PortSpec, port_of
+from .port import PortSpec, port_of
 
 __all__ = ["VifSpec", "vif_of"]
 
-_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _RATE = re.compile(r"([0-9]{1,10}),([0-9]{1,10})")
 LEAST_BURST = 131072
 """As Linux has it (tx_add_credit): a packet of any size has to fit in."""
@@ -45,21 +45,11 @@ class LiveSpec:
     stall_ms: int | None = None
 
 
-def parse_mac(text: str) -> int:
-    """Raises ValueError for what is no address, and for a group's, which nobody can have."""
-    if not _MAC.fullmatch(text):
-        raise ValueError(f"{text!r} is no address: six bytes such as 00:16:3e:12:34:56")
-    value = int.from_bytes(bytes.fromhex(text.replace(":", "")), "little")
-    if value & 1:
-        raise ValueError(f"{text!r} is the address of a group: the first byte has to be even")
-    return value
-
-
 def vif_of(params: BackKeys, most_queues: int) -> VifSpec:
     """The vif of a backend directory. Raises ConfigError naming the key."""
     text = params.str_key("mac", "")
     try:
-        mac = parse_mac(text) if text else 0
+        mac = int.from_bytes(mac_bytes(text), "little") if text else 0
     except ValueError as e:
         raise params.wrong("mac", str(e)) from None
     queues = params.int_key("queues", most_queues, 1, most_queues)

@@ -18,8 +18,9 @@ import re
 from dataclasses import dataclass, replace
 
 from pvdrivers.device import BackKeys
+from pvdrivers.ethernet import LEAST_MTU, MOST_MTU
 
-__all__ = ["DEFAULT_SWITCH", "LEAST_MTU", "MOST_MTU", "PortSpec", "parse_port", "parse_uplink", "port_of"]
+__all__ = ["DEFAULT_SWITCH", "PortSpec", "parse_port", "parse_uplink", "port_of"]
 
 DEFAULT_SWITCH = "pvdrivers"
 MOST_VLAN = 4094
@@ -35,8 +36,6 @@ _OPTIONS = {
     "null": (),
 }
 _OF_UPLINKS = ("vlan", "trunk", "mtu")
-LEAST_MTU, MOST_MTU = 68, 65521
-"""RFC 791; a TAP's largest, and what a packet of 65535 bytes has behind its Ethernet header."""
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from .errors import ConfigError
+from .ethernet import LEAST_MTU, MOST_MTU, mac_bytes
 
 __all__ = ["XlVif", "new_mac", "parse_mac", "parse_rate", "parse_xl_vif"]
 
-_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _RATE: Final = re.compile(r"([0-9]+)([GMK]?)([Bb])/s(?:@([0-9]+)([mu]?)s?)?")
 _SCALE: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _USECS: Final = {"": 10**6, "m": 10**3, "u": 1}
 _INTERVAL: Final = 50_000  # us, as libxlu_vif.c has it
 _MOST: Final = (1 << 32) - 1
-_LEAST_MTU, _MOST_MTU = 68, 65521  # RFC 791; what a packet of 65535 bytes has behind its Ethernet header
 _MOST_QUEUES: Final = 16
 _MOST_DEVID: Final = 255
 _SCRIPTS: Final = {"vif-bridge", "/etc/xen/scripts/vif-bridge"}
@@ -91,13 +90,13 @@ def _vif(values: dict[str, str]) -> XlVif:
 
 def parse_mac(text: str) -> str:
     """An address as it is written in xenstore. Raises ValueError for what is none, or that of a group, or of nobody."""
-    if not _MAC.fullmatch(text):
-        raise ValueError(f"mac={text}: no address of six bytes such as 00:16:3e:12:34:56")
-    if int(text[:2], 16) & 1:
-        raise ValueError(f"mac={text} is the address of a group: the first byte has to be even")
-    if not text.strip("0:"):
+    try:
+        mac = mac_bytes(text)
+    except ValueError as e:
+        raise ValueError(f"mac={e}") from None
+    if not any(mac):
         raise ValueError(f"mac={text} is nobody's; leave mac out to have one made")
-    return text.lower()
+    return mac.hex(":")
 
 
 def new_mac() -> str:
@@ -156,7 +155,7 @@ _PARAMETERS: Final[dict[str, Callable[[str], object]]] = {
     "ip": _any,
     "script": _script,
     "rate": parse_rate,
-    "mtu": _number("mtu", _LEAST_MTU, _MOST_MTU),
+    "mtu": _number("mtu", LEAST_MTU, MOST_MTU),
     "backend": _any,
     "vifname": _any,
     "gatewaydev": _any,

@@ -120,7 +120,7 @@ def test_a_vif_that_has_no_address(net: Bed, guests: Callable[[str], Guest]) -> 
     ("words", "said"),
     [
         (["wrong=1"], ["'wrong=1' is none of type=, mac=", "queues="]),
-        (["mac=00:16:3e:1:2:3"], ["mac=00:16:3e:1:2:3: no address of six bytes such as"]),
+        (["mac=00:16:3e:1:2:3"], ["mac='00:16:3e:1:2:3' is no address of six bytes such as"]),
         (["mac=01:00:5e:00:00:01"], ["address of a group"]),
         (["bridge=xenbr9"], ["vif 0 of domain", "bridge", "xenbr9"]),
         (["bridge=switch:a/b"], ["vif 0 of domain", "letters, digits"]),
