@@ -3,7 +3,6 @@ which the last answers are put there first."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from rings.netif import RX_ENTRY_SIZE, TX_ENTRY_SIZE
 
 from . import queue
 from .answers import ANSWERS, put_again
-from .kept_file import KeptFile, connection_of
+from .kept_file import connection_of
 from .kernels import wake
 from .records import RX_QUEUE
 from .waiting import WAIT_BYTES
@@ -26,29 +25,19 @@ if TYPE_CHECKING:
 
 RING_SLOTS = 256
 """In the one page that each ring has, whichever way."""
-_VERSION = 1
 
 
-def keep_answers(device: VifBackend, said: Front, recover: bool) -> KeptFile:
-    """ANSWERS of all rings of a vif: tx and rx of each queue, and the control ring's. Raises PvError without room."""
+def keep_answers(device: VifBackend, said: Front, recover: bool) -> None:
+    """Have ANSWERS of all rings of a vif: tx and rx of each queue, and the control ring's. Raises PvError without
+    room."""
     rings = 2 * len(said.queues) + 1
-    whose = f"answers {_VERSION} {connection_of(device, said)}"
-    return KeptFile(_path(device), np.dtype([("rings", ANSWERS, (rings,))]), whose, recover=recover)
-
-
-def forget_answers(device: VifBackend) -> None:
-    """The connection is over: nobody is to put them."""
-    _path(device).unlink(missing_ok=True)
-
-
-def _path(device: VifBackend) -> Path:
-    return device.context.run_dir / "answers" / str(device.ident)
+    dtype = np.dtype([("rings", ANSWERS, (rings,))])
+    device.kept.open("answers", dtype, connection_of(device, said), recover=recover)
 
 
 def use_answers(device: VifBackend, handle: RingHandle, ring: int, recover: bool) -> None:
     """Have the ring of this number collect its answers there; what a process that died had settled is put first."""
-    assert device.answers is not None
-    handle.record["journal"] = device.answers.address + ring * ANSWERS.itemsize
+    handle.record["journal"] = device.kept.address("answers") + ring * ANSWERS.itemsize
     if recover:
         put_again(handle.address)
 

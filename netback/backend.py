@@ -18,10 +18,10 @@ from pvdrivers.worker.records import V_CLASS
 from pvdrivers.worker.words import store_word
 from rings import netif
 
-from .attach import attach_ring, forget_answers, keep_answers, wake_guest
-from .control_attach import ControlKeys, attach_control, forget, parse_control
-from .groups import forget_groups, keep_groups
-from .kept_file import KeptFile
+from .attach import attach_ring, keep_answers, wake_guest
+from .control_attach import ControlKeys, attach_control, parse_control
+from .groups import keep_groups
+from .kept_file import KeptFiles
 from .live import apply, carrier, wants_filter
 from .other_side import OtherSide
 from .params import VifSpec, live_of, vif_of
@@ -131,7 +131,7 @@ class VifBackend(Device):
         self.other_side = OtherSide(str(ident), context)
         self.counters: StatsFile | None = None
         self.queues: list[QueueState] = []  # the last may be the control ring's
-        self.answers: KeptFile | None = None
+        self.kept = KeptFiles(context.run_dir, str(ident))
         self.groups_known = True
         """Else nothing is filtered until the guest connects anew."""
 
@@ -196,7 +196,7 @@ class VifBackend(Device):
         row["handed_over"] = row["n_out"] = row["stalled"] = row["hashes"] = row["amending"] = 0
         row["headroom"] = said.headroom
         self.groups_known = keep_groups(self, said, recover)
-        self.answers = keep_answers(self, said, recover)
+        keep_answers(self, said, recover)
         row["notifies"], row["filters"] = said.notifies, said.filters and self.groups_known
         apply(self.port, live_of(self.params))
         for q, keys in enumerate(said.queues):
@@ -260,12 +260,7 @@ class VifBackend(Device):
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
         self._release()
-        self._forget()
-
-    def _forget(self) -> None:
-        forget(self)
-        forget_groups(self)
-        forget_answers(self)
+        self.kept.forget()
 
     def hand_over(self) -> None:
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""
@@ -282,7 +277,7 @@ class VifBackend(Device):
         self.counters = None
         for name in (str(self.ident), f"{self.ident}.port"):
             (self.context.run_dir / "stats" / name).unlink(missing_ok=True)
-        self._forget()
+        self.kept.forget()
 
     def capture(self, memory: CaptureMemory | None) -> None:
         """Have its packets captured; None: no more, and when this returns nobody does."""
@@ -300,6 +295,8 @@ class VifBackend(Device):
         if self.switch is not None:
             self.port.record[0]["n_out"] = 0
             self.switch.leave(self.port)
+            if not any(state.attached for state in self.queues):
+                self.switch.come_round()  # there is no ring to wait for, and a pass that knows it may be under way
             self.other_side.detach()
         for state in self.queues:
             for handle in state.handles:
@@ -313,6 +310,9 @@ class VifBackend(Device):
         if self.switch is not None:
             self.switch.close()
         self.switch = None
+        self.port.use_groups(None)
+        self.port.record[0]["hashes"] = 0
+        self.kept.close()
 
     def _release_queue(self, state: QueueState) -> None:
         ports = sorted({state.tx_port, state.rx_port} - {-1})

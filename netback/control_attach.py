@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,6 @@ from rings.jit import address_of
 from . import control_ring, queue
 from .attach import use_answers
 from .control_records import CONTROL, HASHES
-from .kept_file import KeptFile
 from .staging_share import Staging, offer
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 RING_SLOTS = 128
 """In its one page."""
-_VERSION = 1
 
 
 @dataclass
@@ -51,14 +48,14 @@ class Control:
     def __init__(self, device: VifBackend, keys: ControlKeys, queues: int, *, recover: bool) -> None:
         """Raises PvError when there is no room for its file."""
         uuid = device.context.platform.domain_uuid(device.ident.domid)
-        whose = f"hash {_VERSION} {device.ident} {uuid} {keys.gref} {keys.port} {queues}"
-        self.file = KeptFile(_path(device), HASHES, whose, recover=recover)
+        whose = f"{device.ident} {uuid} {keys.gref} {keys.port} {queues}"
+        self.hashes = device.kept.open("hash", HASHES, whose, recover=recover).address
         self.record = np.zeros(1, CONTROL)
         self._memory = Memory(2 * 4096)
         assert device.spec is not None
         self.staging = Staging(device, queues, offer(device, queues, device.spec.staging))
         row = self.record[0]
-        row["hashes"], row["queues"] = self.file.address, queues
+        row["hashes"], row["queues"] = self.hashes, queues
         row["worker"] = device.queues[-1].worker.address
         row["payload"], row["stages"] = self._memory.address, self.staging.address
         row["request"], row["response"] = self._memory.address + 4096, self._memory.address + 4096 + 64
@@ -105,15 +102,6 @@ def attach_control(device: VifBackend, keys: ControlKeys, state: QueueState, rec
     row["local"] = state.shard.address
     row["stats"] = device.counters.address(0)
     use_answers(device, handle, 2 * (len(device.queues) - 1), recover)
-    device.port.record[0]["hashes"] = control.file.address
+    device.port.record[0]["hashes"] = control.hashes
     for q, other in enumerate(device.queues[:-1]):
         other.queue[0]["stage"] = control.staging.at(q)
-
-
-def forget(device: VifBackend) -> None:
-    """The connection is over: nobody is to find what the guest has set."""
-    _path(device).unlink(missing_ok=True)
-
-
-def _path(device: VifBackend) -> Path:
-    return device.context.run_dir / "hash" / str(device.ident)

@@ -7,7 +7,6 @@ on the ring, and is made again.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .kept_file import KeptFile, connection_of
@@ -16,13 +15,11 @@ from .records import GROUPS, MOST_GROUPS
 if TYPE_CHECKING:
     from .backend import Front, VifBackend
 
-_VERSION = 1
-
 
 def keep_groups(device: VifBackend, said: Front, recover: bool) -> bool:
     """Have the list of a vif's port in its file, empty for a new connection. Whether it is known: not if a process
     before this one had it, and its file is not there. Raises PvError without room."""
-    file = KeptFile(_path(device), GROUPS, f"groups {_VERSION} {connection_of(device, said)}", recover=recover)
+    file = device.kept.open("groups", GROUPS, connection_of(device, said), recover=recover)
     if file.found:
         tidy(file)
     device.port.use_groups(file)
@@ -35,12 +32,3 @@ def tidy(file: KeptFile) -> None:
     listed = sorted(set(row["listed"][: min(int(row["count"]), MOST_GROUPS)].tolist()))
     row["count"] = len(listed)
     row["listed"][: len(listed)] = listed
-
-
-def forget_groups(device: VifBackend) -> None:
-    """The connection is over: nobody is to find what the guest has set."""
-    _path(device).unlink(missing_ok=True)
-
-
-def _path(device: VifBackend) -> Path:
-    return device.context.run_dir / "groups" / str(device.ident)

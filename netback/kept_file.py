@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .backend import Front, VifBackend
 
 _HEADER = 4096
+KINDS = {"answers": 1, "groups": 1, "hash": 1}
+"""What is kept, each in a directory of its name, and the version of what is written there: see `answers`, `groups` and
+`control_attach`."""
 
 
 def connection_of(device: VifBackend, said: Front) -> str:
@@ -56,3 +59,46 @@ class KeptFile:
         self._map[:_HEADER] = tag
         self.record = np.frombuffer(self._map, dtype, 1, _HEADER)
         self.address = int(self.record.ctypes.data)
+
+    def close(self) -> None:
+        """Unmap it, as no worker knows its address any more. The file stays. Harmless a second time."""
+        if hasattr(self, "record"):
+            del self.record
+            try:
+                self._map.close()
+            except BufferError:
+                pass  # a view is still about; the mapping goes with it
+
+
+class KeptFiles:
+    """Those of one vif, of each kind one at the most."""
+
+    def __init__(self, run_dir: Path, device: str) -> None:
+        self._run_dir, self._device = run_dir, device
+        self._open: dict[str, KeptFile] = {}
+
+    def _path(self, kind: str) -> Path:
+        return self._run_dir / kind / self._device
+
+    def open(self, kind: str, dtype: np.dtype[Any], connection: str, *, recover: bool) -> KeptFile:
+        """That of a kind, for a connection in words. Raises PvError without room."""
+        file = KeptFile(self._path(kind), dtype, f"{kind} {KINDS[kind]} {connection}", recover=recover)
+        self._open[kind] = file
+        return file
+
+    def address(self, kind: str) -> int:
+        """Of the record that is kept in one that is open."""
+        return self._open[kind].address
+
+    def close(self) -> None:
+        """Unmap all, and leave them for who comes next. Each has a descriptor, and a device that is gone may lie about
+        for long: nothing counts on the collector. Harmless a second time."""
+        for file in self._open.values():
+            file.close()
+        self._open = {}
+
+    def forget(self) -> None:
+        """The connection is over: nobody is to find what the guest has set, nor to put its answers."""
+        self.close()
+        for kind in KINDS:
+            self._path(kind).unlink(missing_ok=True)

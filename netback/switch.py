@@ -52,10 +52,10 @@ class Port:
         row["to_guest"] = self.limits.ctypes.data + LIMIT.itemsize
         row["groups"] = self.groups.ctypes.data
 
-    def use_groups(self, kept: KeptFile) -> None:
-        """Have its GROUPS there from now on. No worker knows the port."""
-        self.groups = kept
-        self.record[0]["groups"] = kept.address
+    def use_groups(self, kept: KeptFile | None) -> None:
+        """Have its GROUPS there from now on; None: in memory of its own. No worker knows the port."""
+        self.groups = np.zeros(1, GROUPS) if kept is None else kept
+        self.record[0]["groups"] = self.groups.ctypes.data if kept is None else kept.address
 
     @property
     def address(self) -> int:

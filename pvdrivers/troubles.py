@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from .control import Control
+from .control import Control, Timer
 from .nodes import Nodes
 from .xenbus import BadState, XenbusState
 
@@ -54,7 +54,7 @@ class Troubles:
         """When the device came to the state that it is in."""
         self._name = name
         self._control = control
-        self._states = 0  # how many the device has been in
+        self._timer: Timer | None = None
         self._changed = changed
         self._told: set[str] = set()  # texts of ours: what a guest has a part in goes by notice()
         self._times: dict[str, tuple[int, int]] = {}  # of each kind: in all, and on the rings that there are
@@ -110,17 +110,18 @@ class Troubles:
         """The device is in this state from now on."""
         self.over("guest")
         self.since = time.time()
-        self._states += 1
+        self.gone()
         if state in _GUEST_TO_MOVE:
-            self._control.later(SLOW_SECONDS, partial(self._still, state, self._states))
+            self._timer = self._control.later(SLOW_SECONDS, partial(self._still, state))
 
-    def _still(self, state: XenbusState, count: int) -> None:
-        if self._states == count:
-            self.add("guest", f"{_GUEST_TO_MOVE[state]} for {SLOW_SECONDS:g} s; it is waited for", logging.INFO)
+    def _still(self, state: XenbusState) -> None:
+        self.add("guest", f"{_GUEST_TO_MOVE[state]} for {SLOW_SECONDS:g} s; it is waited for", logging.INFO)
 
     def gone(self) -> None:
-        """Nothing is said any more."""
-        self._states += 1
+        """Nothing is waited for any more, and no timer keeps what belongs to the device."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def look_for_stale(self, nodes: Nodes, ours: XenbusState, theirs: XenbusState | BadState) -> None:
         """Name a directory of ours whose other end is gone; what to do about it says the table."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from pvdrivers.errors import ConfigError, PlatformError
@@ -91,6 +94,23 @@ def test_unplug(bed: Bed) -> None:
     assert disk.calls == ["disconnect", "removed"]
     assert bed.control.ended == ["vbd-5-51712"]
     assert bed.dom0.ls(guest.back), "libxl, which waits for Closed, removes the directory itself"
+
+
+def test_a_device_that_is_gone_is_not_held_by_a_timer(bed: Bed) -> None:
+    """One would have been told in a minute that its guest does not connect; its class may hold much by then."""
+    guest = bed.guest()
+    guest.attach()
+    life, disk = bed.life(guest)
+    life.look()
+    assert guest.state() == S.InitWait
+    guest.unplug()
+    bed.dom0.rm(guest.front)
+    life.handle_backend_change(["online", "state"])
+    assert life.gone and disk.calls[-1] == "removed"
+    there = weakref.ref(life.troubles)
+    del life, disk
+    gc.collect()
+    assert there() is None
 
 
 def test_closed_is_written_after_everything_is_released(bed: Bed) -> None:

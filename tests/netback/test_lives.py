@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from netback.kept_file import KINDS
 from pvdrivers import daemons
 from pvdrivers.sim import toolstack
 
@@ -135,3 +137,33 @@ def test_upgraded_under_traffic(own: Net) -> None:
             assert before.isdisjoint(one.pid for one in daemons.running(own.run_dir))
             traffic.goes_on()
     assert a.vif.connections == b.vif.connections == 1
+
+
+def test_guests_that_come_and_go_leave_nothing(own: Net) -> None:
+    """No descriptor, no mapping and no file: by a switch, by nobody, and without ever having connected."""
+    pid = own.daemon.popen.pid
+
+    def held() -> tuple[int, int]:
+        with open(f"/proc/{pid}/maps") as maps:
+            kept = sum(any(f"/{kind}/" in line for kind in (*KINDS, "stats")) for line in maps)
+        return len(os.listdir(f"/proc/{pid}/fd")), kept
+
+    def comes_and_goes(bridge: str, **options: Any) -> None:
+        guest = own.guest(bridge, **options)
+        until(lambda: own.dom0.store.read(f"{guest.backend}/state") in (b"2", b"4"))
+        own.guests.remove(guest)
+        guest.end()
+        until(lambda: f"{guest.name}: removed" in own.daemon.log.read_text())
+
+    def all_kinds() -> None:
+        comes_and_goes("null:")
+        comes_and_goes("switch:", queues=2)
+        comes_and_goes("switch:", connect=False)
+
+    all_kinds()  # the switch is there from now on
+    before = held()
+    for _ in range(4):
+        all_kinds()
+    assert held() == before
+    for kind in KINDS:
+        assert os.listdir(own.run_dir / kind) == []
