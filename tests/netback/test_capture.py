@@ -115,6 +115,40 @@ def test_both_directions(net: Any, tmp_path: Path) -> None:
     assert b.vif.receive(5) == a.frame(b)
 
 
+def test_wireshark_reads_all_of_it(net: Any, tmp_path: Path) -> None:
+    """By its own parser: which interface, which queue, which way, and what we say beside a packet."""
+    need("tshark")
+    need("capinfos")
+    a, b = net.guest(queues=2), net.guest()
+    capture = Capture(a, tmp_path / "w.pcapng", "--packets", "4")
+    blank, _ = udp(os.urandom(3000))
+    for queue, frame in enumerate((Frame(a.frame(b, blank, 0x800), CSUM_BLANK), Frame(a.frame(b, bytes(100))))):
+        a.vif.send_all([frame], queue=queue)
+        b.vif.receive(5)
+    a.vif.send_all([Frame(a.frame(b, os.urandom(60_000), 0x800), CSUM_BLANK, 1448, 1)], queue=1)
+    b.vif.receive(5)
+    b.vif.send(b.frame(a, bytes(64)))
+    assert "4 packets, 0 lost" in capture.wait()
+    fields = ("frame.interface_name", "frame.interface_queue", "frame.packet_flags_direction", "frame.comment",
+              "frame.len", "eth.src")  # fmt: skip
+    said = subprocess.run(
+        ["tshark", "-n", "-r", str(capture.out), "-T", "fields", *(word for name in fields for word in ("-e", name))],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    found = [line.split("\t") for line in said.stdout.splitlines()]
+    mac, segments = a.mac.hex(":"), "GSO TCPv4, segments of 1448 bytes; checksum blank"
+    assert found[:3] == [
+        [f"{a.name}.q0", "0", "0x00000002", "checksum blank", str(14 + len(blank)), mac],
+        [f"{a.name}.q1", "1", "0x00000002", "", "114", mac],
+        [f"{a.name}.q1", "1", "0x00000002", segments, "60014", mac],
+    ]
+    assert found[3][2:] == ["0x00000001", "", "78", b.mac.hex(":")]
+    facts = subprocess.run(["capinfos", "-M", str(capture.out)], capture_output=True, text=True)
+    assert facts.returncode == 0, facts.stderr
+    assert "Number of packets:   4" in facts.stdout and "Number of interfaces in file: 2" in facts.stdout
+
+
 def test_an_interface_a_queue(net: Any, tmp_path: Path) -> None:
     a, b = net.guest(queues=3), net.guest()
     capture = Capture(a, tmp_path / "q.pcapng", "--packets", "40", "--snaplen", "64")
