@@ -21,7 +21,6 @@ class OtherSide:
 
     def __init__(self, owner: str, context: Context) -> None:
         self._owner, self._context = owner, context
-        self._stats = context.run_dir / "stats"
         self._uplink: Uplink | None = None
         self._outer: OuterPort | None = None
         self._asked: tuple[PortSpec, int, bool] | None = None
@@ -41,7 +40,9 @@ class OtherSide:
             self._outer.renew()
         elif asked is not None:
             spec, mtu, needs_bridge = asked
-            self._outer = OuterPort(spec, mtu, self._owner, self._stats, needs_bridge=needs_bridge)
+            self._outer = OuterPort(
+                spec, mtu, self._owner, self._context.run_dir, needs_bridge=needs_bridge, claim=True
+            )
         uplink = self._find_uplink(spec) if spec.kind == "switch" else None
         if self._uplink is not None and self._uplink is not uplink:
             self._uplink.close(self._owner)

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from pvdrivers.claims import lock
 from pvdrivers.errors import ConfigError
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle
@@ -34,13 +35,16 @@ _taken_lock = threading.Lock()
 class OuterPort:
     """One such port. `owner` is the name of whoever has it: a vif, or an uplink."""
 
-    def __init__(self, spec: PortSpec, mtu: int, owner: str, stats: Path, *, needs_bridge: bool = True) -> None:
-        """Open it. PlatformError, ConfigError: what cannot be had, and why."""
+    def __init__(
+        self, spec: PortSpec, mtu: int, owner: str, run_dir: Path, *, needs_bridge: bool = True, claim: bool = False
+    ) -> None:
+        """Open it. PlatformError, ConfigError: what cannot be had, and why. With `claim` a TAP is of no other process
+        meanwhile, else DeviceBusyError."""
         self.spec, self.mtu, self.owner = spec, mtu, owner
         self._needs_bridge = needs_bridge
         self.port = Port(f"{owner}: {spec}", vlan=spec.vlan, trunk=spec.trunk)
         self.switch: Switch | None = None
-        self._stats = stats
+        self._stats = run_dir / "stats"
         self._counters: StatsFile | None = None
         self._handles: list[RingHandle] = []
         self._wanted: tuple[Switch, int, int, Any] | None = None
@@ -51,7 +55,10 @@ class OuterPort:
             if other is not None and spec.kind != "packet":
                 raise ConfigError(f"TAP {spec.name} is that of {other.owner} already; name another")
             _taken[self._key] = self
+        self._claim = -1
         try:
+            if claim and spec.kind != "packet":
+                self._claim = _claim(spec, run_dir)
             self.behind = self._open()
         except BaseException:
             self._free()
@@ -63,6 +70,9 @@ class OuterPort:
         return Tap(self.spec, self.mtu, self.owner, needs_bridge=self._needs_bridge)
 
     def _free(self) -> None:
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
         with _taken_lock:
             if _taken.get(self._key) is self:
                 del _taken[self._key]
@@ -148,3 +158,9 @@ class OuterPort:
         self._lost = True
         why = os.strerror(error)
         return f"{self.behind.what}: it is gone ({why}); what is to leave by it is lost until it is there again"
+
+
+def _claim(spec: PortSpec, run_dir: Path) -> int:
+    tap = f"TAP {spec.name}"
+    path = run_dir / "claims" / f"tap:{spec.netns}:{spec.name}.lock"
+    return lock(path, tap, f"{tap} is that of", "name another")

@@ -46,7 +46,7 @@ class Uplink:
     def __init__(self, switch: Switch, spec: PortSpec, run_dir: Path) -> None:
         self.ident = DeviceId(0, "uplink", 0, 0, "")  # nobody's in the store
         self.switch, self.spec = switch, spec
-        self._stats = run_dir / "stats"
+        self._run_dir = run_dir
         self._lock = threading.Lock()
         self._outer: OuterPort | None = None
         self._open: set[str] = set()
@@ -58,7 +58,8 @@ class Uplink:
         with self._lock:
             if self._outer is None:
                 mtu = self.spec.mtu or (0 if self.spec.kind == "packet" else DEFAULT_MTU)
-                self._outer = OuterPort(self.spec, mtu, f"uplink-{self.switch.name}", self._stats)
+                # Without a claim: in an upgrade it is of both processes, until the last vif has gone over.
+                self._outer = OuterPort(self.spec, mtu, f"uplink-{self.switch.name}", self._run_dir)
             else:
                 self._outer.renew()
             self._lost = False

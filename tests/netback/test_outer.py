@@ -20,6 +20,7 @@ from netback.port import parse_port
 from pvdrivers.cli.stats import snapshot
 from pvdrivers.errors import PlatformError
 from pvdrivers.frontends.netfront_keys import Wishes
+from pvdrivers.sim import toolstack
 
 from .conftest import COMMAND, Daemon, until
 from .spaces import Bridged, Make, guests, iperf_server, need, ping
@@ -185,7 +186,8 @@ def test_an_interface_that_goes_and_comes_back(host: Bridged, machine: Make, dae
     """To look for it while it is not there changes nothing: it is found when it is."""
 
     def plug() -> None:
-        host.run("ip", "link", "add", "veth8", "type", "veth", "peer", "name", "eth8", "netns", host.peer.name)
+        host.run("ip", "link", "add", "veth8", "type", "veth", "peer", "name", "eth8",
+                 "address", "00:16:3e:77:00:08", "netns", host.peer.name)  # fmt: skip
         host.peer.run("ip", "link", "set", "eth8", "up")
         host.peer.run("ip", "addr", "add", "10.98.0.8/32", "dev", "eth8")
         host.peer.run("ip", "route", "replace", "10.98.0.1/32", "dev", "eth8")
@@ -198,9 +200,8 @@ def test_an_interface_that_goes_and_comes_back(host: Bridged, machine: Make, dae
     ping(guest, "10.98.0.8")
     host.run("ip", "link", "del", "veth8")
     until(lambda: "packet socket on veth8: it is gone" in error())
-    for _ in range(2):
-        daemon.popen.send_signal(signal.SIGHUP)
-        until(lambda: "not refreshed: packet socket on veth8: there is no interface" in error())
+    daemon.popen.send_signal(signal.SIGHUP)
+    until(lambda: "not refreshed: packet socket on veth8: there is no interface" in daemon.log.read_text())
     plug()
     daemon.popen.send_signal(signal.SIGHUP)
     ping(guest, "10.98.0.8", tries=20)
@@ -273,6 +274,26 @@ def test_what_cannot_be_had(host: Bridged, net: Any) -> None:
     second.vif.send(second.frame(first, b"as if nothing were"))
     while (got := first.vif.receive(5)) != second.frame(first, b"as if nothing were"):
         assert got[6:12] != second.mac
+
+
+def test_a_tap_of_another_daemon(host: Bridged, net: Any, tmp_path: Path) -> None:
+    """Both would have queues of it, and each would get what is for the other's guest."""
+    first = net.guest(f"tap:out0;netns={host.name}")
+    other = Daemon(net.run_dir, tmp_path / "log", "--class", "pvnet")
+    try:
+        keys = {"mac": "00:16:3e:00:fe:02", "handle": 0}
+        be = {**keys, "bridge": f"tap:out0;netns={host.name}"}
+        back = toolstack.attach(net.dom0.store, "pvnet", first.domain.domid, 1, be=be, fe=keys)
+        error = f"/local/domain/0/error/backend/pvnet/{first.domain.domid}/1/error"
+        until(lambda: b"TAP out0 is that of another process, pid" in (net.dom0.store.read(error) or b""))
+        assert f"pid {net.daemon.popen.pid} " in net.dom0.store.read(error).decode()
+        net.guests.remove(first)
+        first.vif.close()
+        assert toolstack.detach(net.dom0.store, first.backend, timeout=20)
+        until(lambda: net.dom0.store.read(f"{back}/state") == b"2", 30)
+        first.end()
+    finally:
+        other.stop()
 
 
 def test_what_comes_later_is_taken_then(host: Bridged, net: Any) -> None:
