@@ -146,11 +146,7 @@ class _Keys:
         return self.int_key(name, int(default), 0, 0xFFFFFFFF) != 0
 
     def str_key(
-        self,
-        name: str,
-        default: str | None,
-        choices: Collection[str] | None = None,
-        max_length: int = MAX_VALUE,
+        self, name: str, default: str | None, choices: Collection[str] | None = None, max_length: int = MAX_VALUE
     ) -> str:
         """A string of `choices`. A missing key is `default`, or an error if that is None."""
         raw = self.raw(name)
