@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,12 @@ def test_a_full_ring_is_served_a_few_at_a_time(net: Any) -> None:
         assert [answer[0] for answer in answers(liar, 128)] == list(range(128))
 
 
+def stopped(pid: int) -> bool:
+    """Whether all threads of a process are."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 @pytest.mark.skipif(WORKERS != "1", reason="both are to have one worker")
 def test_what_a_neighbour_waits_for_meanwhile(net: Any) -> None:
     """192 packets are six visits. All of them and all requests are there when the daemon looks, and each packet is told
@@ -119,6 +126,7 @@ def test_what_a_neighbour_waits_for_meanwhile(net: Any) -> None:
     assert len(set(hashes)) == 40
     os.kill(net.daemon.popen.pid, signal.SIGSTOP)
     try:
+        until(lambda: stopped(net.daemon.popen.pid))
         put(liar, *((k, netif.CTRL_SET_HASH_KEY, control(liar)._grefs[1], k, 0) for k in range(1, 40)))
         a.vif.send_all([frame] * 192, timeout=5)
     finally:
