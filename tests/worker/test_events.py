@@ -7,13 +7,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pvdrivers.errors import LeftInUse
 from pvdrivers.platform import SEAM
 from pvdrivers.storage.uring import queue_nop
 from pvdrivers.storage.uring_layout import ring_at as uring_at
@@ -165,9 +166,10 @@ def running(on_the_ring: bool, guests: int = 1, *, fails: bool = False) -> Itera
         until(lambda: worker.record["sleeps"] > 0 and all(g.handle.record["state"] == 2 for g in ends))
         yield worker, ends
     finally:
-        for guest in ends:
-            worker.detach(guest.handle)
         failed = bool(worker.failed)
+        for guest in ends:
+            with pytest.raises(LeftInUse) if fails else nullcontext():
+                worker.detach(guest.handle)
         worker.stop()
         os.close(alert)
         assert failed == fails
