@@ -11,6 +11,7 @@ import numpy as np
 
 from pvdrivers.capture_memory import CaptureMemory, point_to
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
+from pvdrivers.errors import ConfigError
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker
 from pvdrivers.worker.pool import WorkerPool
@@ -22,9 +23,9 @@ from .attach import attach_ring, keep_answers, wake_guest
 from .control_attach import ControlKeys, attach_control, parse_control
 from .groups import keep_groups
 from .kept_file import KeptFiles
-from .live import apply, carrier, wants_filter
+from .live import carrier, forget_live, hold_to_keys, live_before, wants_filter
 from .other_side import OtherSide
-from .params import VifSpec, live_of, vif_of
+from .params import LiveSpec, VifSpec, live_of, vif_of
 from .records import (
     ACCEPTS_CSUM4,
     ACCEPTS_CSUM6,
@@ -126,6 +127,7 @@ class VifBackend(Device):
     def __init__(self, ident: DeviceId, context: Context) -> None:
         super().__init__(ident, context)
         self.spec: VifSpec | None = None
+        self.live = LiveSpec()
         self.port = Port(str(ident))
         self.switch: Switch | None = None
         self.other_side = OtherSide(str(ident), context)
@@ -142,9 +144,12 @@ class VifBackend(Device):
 
     def advertise(self) -> Publish:
         """What netif.h wants to see before InitWait."""
-        self.spec = vif_of(self.params, OFFERED_QUEUES)
-        live_of(self.params)
-        self.other_side.open(self.spec.port, self.params)
+        self.spec, errors = vif_of(self.params, OFFERED_QUEUES)
+        self.live, wrong = live_of(self.params, LiveSpec())
+        if errors + wrong or self.spec is None:
+            raise ConfigError("; ".join(errors + wrong))
+        self._tell([])
+        self.other_side.open(self.spec.port, self.live.mtu, self.params)
         return {
             netif.KEY_SG: 1,
             netif.KEY_GSO_TCPV4: 1,
@@ -160,6 +165,15 @@ class VifBackend(Device):
             netif.KEY_XDP_HEADROOM: 1,
         }
 
+    def reopen(self) -> None:
+        """What was good enough to connect the guest is so still: what would not be advertised any more is told by
+        connect(), and served all the same. Only where its packets go has to be known."""
+        self.spec, errors = vif_of(self.params, OFFERED_QUEUES)
+        if self.spec is None:
+            raise ConfigError("; ".join(errors))
+        self.live, _ = live_of(self.params, live_before(self))
+        self.other_side.open(self.spec.port, self.live.mtu, self.params, served=True)
+
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
         """Check the keys, map the rings, bind the ports, join the switch, and have its worker serve them.
 
@@ -167,7 +181,8 @@ class VifBackend(Device):
         """
         assert self.spec is not None
         self._release()
-        said = parse_front(front, self.spec.queues)
+        # Of one that is served already `queues` may say less by now: that holds from its next connection on.
+        said = parse_front(front, OFFERED_QUEUES if recover else self.spec.queues)
         try:
             self._connect_queues(said, recover)
         except BaseException:
@@ -198,7 +213,7 @@ class VifBackend(Device):
         self.groups_known = keep_groups(self, said, recover)
         keep_answers(self, said, recover)
         row["notifies"], row["filters"] = said.notifies, said.filters and self.groups_known
-        apply(self.port, live_of(self.params))
+        errors = hold_to_keys(self, OFFERED_QUEUES)
         for q, keys in enumerate(said.queues):
             state = QueueState(self.switch.shard_of(self.port, q))
             self.queues.append(state)
@@ -222,6 +237,10 @@ class VifBackend(Device):
                 state.worker.attach(handle)
                 state.attached.append(handle)
         row["n_out"] = len(said.queues)
+        self._tell(errors + self.other_side.look_again(self.live.mtu))
+
+    def _tell(self, errors: list[str]) -> None:
+        self.wrong, self.lost = "; ".join(errors), self.other_side.lost
 
     def _count(self, said: Front, recover: bool) -> None:
         assert self.spec is not None
@@ -239,28 +258,28 @@ class VifBackend(Device):
 
     def refresh(self) -> Publish | None:
         """What has changed: the toolstack's rate, MTU, link and time-outs; the guest's wish for a filter; whether it
-        has stalled. If what is on the other side is gone, it is made again. Nothing that a guest has written fails
-        this."""
-        apply(self.port, live_of(self.params))
+        has stalled. If what is on the other side is gone, it is made again. What of this fails is told, and keeps
+        nothing else from being done; nothing that a guest has written does."""
+        errors = hold_to_keys(self, OFFERED_QUEUES)
         if self.groups_known:
             self.port.record[0]["filters"] = wants_filter(self.context.platform.store, self.ident)
         if self.switch is not None:
             for worker in self._workers():
                 worker.ring_doorbell()  # who waits for a slow rate waits for another now
-        self.other_side.make_again()
+        self._tell(errors + self.other_side.look_again(self.live.mtu))
         return carrier(self.port)
 
     def reconfigure(self) -> Publish | None:
-        """The same, and then the guest's headroom: Reconfiguring is for nothing else, as in Linux."""
-        keys = self.refresh()
+        """The guest's headroom: Reconfiguring is for nothing else, as in Linux."""
         said = FrontKeys.read(self.context.platform.store, self.ident)
         store_word(self.port.address + HEADROOM_AT, headroom_of(said))
-        return keys
+        return None
 
     def disconnect(self) -> None:
         """Leave the switch, take the rings from the worker, unmap, unbind."""
         self._release()
         self.kept.forget()
+        forget_live(self)
 
     def hand_over(self) -> None:
         """The guest goes on with the next process, which finds on the rings whatever was not answered."""
@@ -278,6 +297,7 @@ class VifBackend(Device):
         for name in (str(self.ident), f"{self.ident}.port"):
             (self.context.run_dir / "stats" / name).unlink(missing_ok=True)
         self.kept.forget()
+        forget_live(self)
 
     def capture(self, memory: CaptureMemory | None) -> None:
         """Have its packets captured; None: no more, and when this returns nobody does."""

@@ -86,8 +86,11 @@ class Links:
         return int(found[0]) if found else 0
 
     def facts(self, index: int) -> dict[str, Any]:
-        """Of an interface: kind ("" if it is hardware), mtu, master, alias, mac."""
-        link = self._route.link("get", index=index)[0]
+        """Of an interface: kind ("" if it is hardware), mtu, master, alias, mac. PlatformError if it is gone."""
+        try:
+            link = self._route.link("get", index=index)[0]
+        except self._error as e:
+            raise what_netlink_says(f"interface {index}", e) from e
         info = link.get("linkinfo")
         return {
             "kind": (info.get("kind") if info is not None else "") or "",
@@ -114,11 +117,11 @@ class Links:
                 raise what_netlink_says(f"{what}: address {address}", e) from e
 
 
-def set_up_tap(spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool) -> None:
+def set_up_tap(spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool, strict: bool) -> None:
     """A TAP that was made: its MTU, its bridge and its addresses; then up. In the namespace of this thread.
 
     `owner` is noted with it (ip link: alias). Without `needs_bridge` a script of the toolstack's sees to a bridge that
-    is not there, or is none of Linux. Raises PlatformError, ConfigError for an MTU that does not fit.
+    is not there, or is none of Linux. Raises PlatformError, if `strict` ConfigError for an MTU that does not fit.
     """
     what = f"TAP {spec.name}"
     with Links() as links:
@@ -135,14 +138,32 @@ def set_up_tap(spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool) -> N
         links.set(what, index, **keys)
         if master and facts["master"] != master:
             links.set(f"{what}: to be put on bridge {spec.bridge}", index, master=master)
-        if master and mtu > (fits := links.facts(master)["mtu"]):  # only now: a bridge's own follows its ports'
-            raise ConfigError(
-                f"{what}: an MTU of {mtu} does not fit bridge {spec.bridge}, which has {fits}: give the vif less"
-                " (`mtu`), or the bridge and its other ports more"
-            )
+        if master and strict:  # only now: a bridge's own follows its ports'
+            _fit_bridge(links, what, spec, master, mtu)
         for address in spec.ips:
             links.add_address(what, index, address)
         links.set(what, index, state="up")
+
+
+def fit_tap(spec: PortSpec, mtu: int) -> None:
+    """A TAP that is there has this MTU from now on. In the namespace of this thread. PlatformError; ConfigError: its
+    bridge has less."""
+    what = f"TAP {spec.name}"
+    with Links() as links:
+        index = links.index(spec.name)
+        if not index:
+            raise PlatformError(f"{what}: it is gone, and cannot have an MTU of {mtu}")
+        links.set(what, index, mtu=mtu)
+        if spec.bridge and (master := links.facts(index)["master"]):
+            _fit_bridge(links, what, spec, master, mtu)
+
+
+def _fit_bridge(links: Links, what: str, spec: PortSpec, master: int, mtu: int) -> None:
+    if mtu > (fits := links.facts(master)["mtu"]):
+        raise ConfigError(
+            f"{what}: an MTU of {mtu} does not fit bridge {spec.bridge}, which has {fits}: give the vif less"
+            " (`mtu`), or the bridge and its other ports more"
+        )
 
 
 def find_bridge(links: Links, what: str, spec: PortSpec, needed: bool) -> int:
@@ -152,7 +173,7 @@ def find_bridge(links: Links, what: str, spec: PortSpec, needed: bool) -> int:
         if not needed:
             return 0
         where = f" in network namespace {spec.netns}" if spec.netns else ""
-        hint = f"`ip link add {spec.bridge} type bridge` makes one, and it is tried again"
+        hint = f"`ip link add {spec.bridge} type bridge` makes one"
         raise PlatformError(f"{what}: bridge {spec.bridge} is not there{where}; {hint}")
     kind = links.facts(index)["kind"]
     if kind == "bridge":
@@ -165,12 +186,12 @@ def find_bridge(links: Links, what: str, spec: PortSpec, needed: bool) -> int:
     return 0
 
 
-def interface_facts(what: str, name: str, mtu: int) -> int:
+def take_interface(what: str, name: str, mtu: int) -> int:
     """The number of an interface that is to be a port, and up. Raises PlatformError, ConfigError for the MTU."""
     with Links() as links:
         index = links.index(name)
         if not index:
-            raise PlatformError(f"{what}: there is no interface {name}; it is tried again")
+            raise PlatformError(f"{what}: there is no interface {name}")
         facts = links.facts(index)
         if mtu > facts["mtu"]:
             raise ConfigError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import PurePath
 
 from pvdrivers.device import BackKeys, Context
-from pvdrivers.ethernet import LEAST_MTU, MOST_MTU
+from pvdrivers.errors import DeviceBusyError, PlatformError, PvError
 from pvdrivers.worker.pool import WorkerPool
 
 from .outer import OuterPort
@@ -25,23 +26,29 @@ class OtherSide:
         self._outer: OuterPort | None = None
         self._asked: tuple[PortSpec, int, bool] | None = None
 
-    def open(self, spec: PortSpec, params: BackKeys) -> None:
-        """As the backend directory says. PlatformError, ConfigError: what cannot be had, and why."""
+    @property
+    def lost(self) -> bool:
+        """What was there is gone, and has not been made again."""
+        return self._outer is not None and self._outer.is_lost
+
+    def open(self, spec: PortSpec, mtu: int, params: BackKeys, *, served: bool = False) -> None:
+        """As the backend directory says, for packets of `mtu`, 0: none is named. PlatformError, ConfigError: what
+        cannot be had, and why. For a guest that is `served` already an MTU that does not fit is had all the same, and
+        look_again() says so."""
         asked = None
         if spec.kind in ("tap", "bridge", "packet"):
-            mtu = params.int_key("mtu", DEFAULT_MTU, LEAST_MTU, MOST_MTU)
             script = PurePath(params.str_key("script", "")).name
             # Of another script of the toolstack's a bridge's name may mean anything, or nothing.
-            asked = (spec, mtu, spec.kind == "tap" or script in ("", "vif-bridge"))
+            asked = (spec, mtu or DEFAULT_MTU, spec.kind == "tap" or script in ("", "vif-bridge"))
         if self._outer is not None and asked != self._asked:
             self.close(delete=True)
         self._asked = asked
         if self._outer is not None:
-            self._outer.renew()
+            self._outer.renew(strict=not served)
         elif asked is not None:
             spec, mtu, needs_bridge = asked
             self._outer = OuterPort(
-                spec, mtu, self._owner, self._context.run_dir, needs_bridge=needs_bridge, claim=True
+                spec, mtu, self._owner, self._context.run_dir, needs_bridge=needs_bridge, claim=True, strict=not served
             )
         uplink = self._find_uplink(spec) if spec.kind == "switch" else None
         if self._uplink is not None and self._uplink is not uplink:
@@ -65,7 +72,7 @@ class OtherSide:
     def attach(self, switch: Switch, queues: int, accepts: int, device: object) -> None:
         """The vif has joined a switch with so many queues: what is behind it does, too."""
         if self._outer is not None:
-            self._outer.attach(switch, queues, accepts, device)
+            self._outer.attach(switch, queues, accepts, device, strict=False)
         if self._uplink is not None:
             self._uplink.join(self._owner)
 
@@ -80,12 +87,31 @@ class OtherSide:
         """What was there is not there any more: in words."""
         return "" if self._outer is None else self._outer.lost(error)
 
-    def make_again(self) -> None:
-        """If it is gone. Raises as open() does."""
+    def look_again(self, mtu: int) -> list[str]:
+        """While its vif is connected: what is gone is made again, and has the MTU that the vif has by now. What of that
+        cannot be had."""
+        errors = []
+        for call in (self._make_again, partial(self._fit, mtu or DEFAULT_MTU)):
+            try:
+                call()
+            except (PlatformError, DeviceBusyError) as e:  # to a vif that is not connected this passes by itself
+                errors.append(f"{e}; SIGHUP, or any key written to the backend directory, has it tried again")
+            except (PvError, OSError) as e:
+                errors.append(str(e))
+        return errors
+
+    def _make_again(self) -> None:
         if self._uplink is not None:
             self._uplink.make_again()
         if self._outer is not None:
-            self._outer.renew()
+            self._outer.renew(strict=False)
+
+    def _fit(self, mtu: int) -> None:
+        # Not asked of the kernel each time: a guest has a part in how often this is looked at.
+        if self._asked is None or self._outer is None or self.lost or (self._outer.fits and self._outer.mtu == mtu):
+            return
+        self._asked = (self._asked[0], mtu, self._asked[2])
+        self._outer.fit(mtu)
 
     def close(self, *, delete: bool = False) -> None:
         """Let go of it; with `delete` what was made for it is no more. Harmless a second time."""

@@ -36,10 +36,11 @@ class OuterPort:
     """One such port. `owner` is the name of whoever has it: a vif, or an uplink."""
 
     def __init__(
-        self, spec: PortSpec, mtu: int, owner: str, run_dir: Path, *, needs_bridge: bool = True, claim: bool = False
-    ) -> None:
-        """Open it. PlatformError, ConfigError: what cannot be had, and why. With `claim` a TAP is of no other process
-        meanwhile, else DeviceBusyError."""
+        self, spec: PortSpec, mtu: int, owner: str, run_dir: Path, *,
+        needs_bridge: bool = True, claim: bool = False, strict: bool = True,
+    ) -> None:  # fmt: skip
+        """Open it. PlatformError, ConfigError: what cannot be had, and why; if `strict`, an MTU that does not fit. With
+        `claim` a TAP is of no other process meanwhile, else DeviceBusyError."""
         self.spec, self.mtu, self.owner = spec, mtu, owner
         self._needs_bridge = needs_bridge
         self.port = Port(f"{owner}: {spec}", vlan=spec.vlan, trunk=spec.trunk)
@@ -49,6 +50,8 @@ class OuterPort:
         self._handles: list[RingHandle] = []
         self._wanted: tuple[Switch, int, int, Any] | None = None
         self._lost = False
+        self.fits = strict
+        """So much is known of `mtu`, and of what it is behind."""
         self._key = ("packet" if spec.kind == "packet" else "tap", spec.netns, spec.name)
         with _taken_lock:
             other = _taken.get(self._key)
@@ -59,15 +62,15 @@ class OuterPort:
         try:
             if claim and spec.kind != "packet":
                 self._claim = _claim(spec, run_dir)
-            self.behind = self._open()
+            self.behind = self._open(strict)
         except BaseException:
             self._free()
             raise
 
-    def _open(self) -> Tap | PacketSocket:
+    def _open(self, strict: bool) -> Tap | PacketSocket:
         if self.spec.kind == "packet":
-            return PacketSocket(self.spec, self.mtu)
-        return Tap(self.spec, self.mtu, self.owner, needs_bridge=self._needs_bridge)
+            return PacketSocket(self.spec, self.mtu, strict=strict)
+        return Tap(self.spec, self.mtu, self.owner, needs_bridge=self._needs_bridge, strict=strict)
 
     def _free(self) -> None:
         if self._claim >= 0:
@@ -77,19 +80,24 @@ class OuterPort:
             if _taken.get(self._key) is self:
                 del _taken[self._key]
 
-    def attach(self, switch: Switch, queues: int, accepts: int, device: Any) -> None:
+    def attach(self, switch: Switch, queues: int, accepts: int, device: Any, *, strict: bool = True) -> None:
         """Join a switch with so many queues, for receivers of `accepts`. `device` is told if what is behind goes."""
         self._wanted = (switch, queues, accepts, device)
-        self.renew()
+        self.renew(strict=strict)
 
-    def renew(self) -> None:
+    @property
+    def is_lost(self) -> bool:
+        """What was behind is gone, and renew() has not brought it back."""
+        return self._lost or (self._wanted is not None and self.switch is None)
+
+    def renew(self, *, strict: bool = True) -> None:
         """Have it there: opened anew if it has gone, and attached if it was. Raises as opening it does, and may be
         called again then. Nothing is deleted: an operator may have given it an address, or to Open vSwitch."""
         if self._lost or not self.behind.is_there():
-            fresh = self._open()  # before the other is let go of: if there is none, what it loses is counted yet
+            fresh = self._open(strict)  # before the other is let go of: if there is none, what it loses is counted yet
             self._detach()
             self.behind.close()
-            self.behind, self._lost = fresh, False
+            self.behind, self._lost, self.fits = fresh, False, strict
         if self._wanted is not None and self.switch is None:
             self.switch, queues, accepts, device = self._wanted
             try:
@@ -152,6 +160,12 @@ class OuterPort:
         self.detach()
         self.behind.close(delete=delete)
         self._free()
+
+    def fit(self, mtu: int) -> None:
+        """Its MTU is this from now on. PlatformError; ConfigError: it is, but does not fit what is behind."""
+        self.mtu, self.fits = mtu, False
+        self.behind.fit(mtu)
+        self.fits = True
 
     def lost(self, error: int) -> str:
         """What was behind is gone, by this errno: in words."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from pvdrivers.errors import PlatformError
 
-from .links import in_namespace, interface_facts
+from .links import in_namespace, take_interface
 from .port import PortSpec
 from .port_socket import CONTROL_AT, IOV_AT, SOCKET_MESSAGE
 
@@ -30,13 +30,14 @@ _RECEIVE_BYTES = 4 << 20
 class PacketSocket:
     """Sockets on one interface, a queue each."""
 
-    def __init__(self, spec: PortSpec, mtu: int) -> None:
-        """PlatformError if there is no such interface, or no permission; ConfigError if `mtu` does not fit it."""
+    def __init__(self, spec: PortSpec, mtu: int, *, strict: bool = True) -> None:
+        """PlatformError if there is no such interface, or no permission; ConfigError if `mtu` does not fit it, and that
+        is asked for."""
         self.spec, self.what = spec, f"packet socket on {spec.name}"
         self._sockets: list[socket.socket] = []
         self.messages: list[np.ndarray] = []
         """SOCKET_MESSAGE of each queue."""
-        self._index = in_namespace(spec.netns, partial(interface_facts, self.what, spec.name, mtu))
+        self._index = in_namespace(spec.netns, partial(take_interface, self.what, spec.name, mtu if strict else 0))
         self._group = 0
         try:
             self._add()  # permission is asked for now
@@ -98,6 +99,10 @@ class PacketSocket:
             self._group = sock.getsockopt(_SOL_PACKET, _FANOUT) & 0xFFFF
         else:
             sock.setsockopt(_SOL_PACKET, _FANOUT, kind | self._group)
+
+    def fit(self, mtu: int) -> None:
+        """The interface is not ours to change: ConfigError if it has less."""
+        in_namespace(self.spec.netns, partial(take_interface, self.what, self.spec.name, mtu))
 
     def close_queues(self) -> None:
         """Hear nothing more, and begin with fresh ones the next time."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pvdrivers.device import BackKeys
+from pvdrivers.errors import ConfigError
 from pvdrivers.ethernet import LEAST_MTU, MOST_MTU, mac_bytes
 
 from .control_records import MOST_STAGED
 from .port import PortSpec, port_of
 
-__all__ = ["VifSpec", "vif_of"]
+__all__ = ["LiveSpec", "VifSpec", "live_of", "vif_of"]
+
+T = TypeVar("T")
 
 _RATE = re.compile(r"([0-9]{1,10}),([0-9]{1,10})")
 LEAST_BURST = 131072
@@ -45,15 +50,38 @@ class LiveSpec:
     stall_ms: int | None = None
 
 
-def vif_of(params: BackKeys, most_queues: int) -> VifSpec:
-    """The vif of a backend directory. Raises ConfigError naming the key."""
+class _Reading:
+    """Keys that are read one by one: `errors` are of those that make no sense, each naming its key."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def get(self, read: Callable[[], T], otherwise: T) -> T:
+        """What a key says, or else this."""
+        try:
+            return read()
+        except ConfigError as e:
+            self.errors.append(str(e))
+            return otherwise
+
+
+def vif_of(params: BackKeys, most_queues: int) -> tuple[VifSpec | None, list[str]]:
+    """The vif of a backend directory, and what makes no sense there; instead of that the vif has what it would have
+    without the key. None if it is not even to be known where its packets go."""
+    keys = _Reading()
+    mac = keys.get(lambda: _mac_of(params), 0)
+    queues = keys.get(lambda: params.int_key("queues", most_queues, 1, most_queues), most_queues)
+    staging = keys.get(lambda: params.int_key("staging", MOST_STAGED, 0, MOST_STAGED), MOST_STAGED)
+    port = keys.get(lambda: port_of(params), None)
+    return None if port is None else VifSpec(mac, port, queues, staging), keys.errors
+
+
+def _mac_of(params: BackKeys) -> int:
     text = params.str_key("mac", "")
     try:
-        mac = int.from_bytes(mac_bytes(text), "little") if text else 0
+        return int.from_bytes(mac_bytes(text), "little") if text else 0
     except ValueError as e:
         raise params.wrong("mac", str(e)) from None
-    queues = params.int_key("queues", most_queues, 1, most_queues)
-    return VifSpec(mac, port_of(params), queues, params.int_key("staging", MOST_STAGED, 0, MOST_STAGED))
 
 
 def parse_rate(text: str) -> tuple[float, int]:
@@ -66,18 +94,25 @@ def parse_rate(text: str) -> tuple[float, int]:
     return nbytes * 1e6 / usecs, max(nbytes, LEAST_BURST)
 
 
-def live_of(params: BackKeys) -> LiveSpec:
-    """What of a vif's backend directory holds at once when it changes. Raises ConfigError naming the key."""
-    rate, burst = 0.0, 0
-    if text := params.str_key("rate", ""):
-        try:
-            rate, burst = parse_rate(text)
-        except ValueError as e:
-            raise params.wrong("rate", str(e)) from None
-    mtu = params.int_key("mtu", None, LEAST_MTU, MOST_MTU) if params.has("mtu") else 0
-    up = params.str_key("link", "up", ("up", "down")) == "up"
-    drain, stall = (
-        params.int_key(key, None, 0, _MOST_MS) if params.has(key) else None
-        for key in ("rx_drain_timeout_msecs", "rx_stall_timeout_msecs")
-    )
-    return LiveSpec(rate, burst, mtu, up, drain, stall)
+def live_of(params: BackKeys, before: LiveSpec) -> tuple[LiveSpec, list[str]]:
+    """What of a vif's backend directory holds at once when it changes, and what makes no sense there: of that what was
+    `before` stays. All that looks at these keys asks here, so that a wrong one has one outcome."""
+    keys = _Reading()
+    rate, burst = keys.get(lambda: _rate_of(params), (before.rate, before.burst))
+    mtu = keys.get(lambda: params.int_key("mtu", 0, LEAST_MTU, MOST_MTU), before.mtu)
+    up = keys.get(lambda: params.str_key("link", "up", ("up", "down")) == "up", before.up)
+    drain = keys.get(lambda: _ms_of(params, "rx_drain_timeout_msecs"), before.drain_ms)
+    stall = keys.get(lambda: _ms_of(params, "rx_stall_timeout_msecs"), before.stall_ms)
+    return LiveSpec(rate, burst, mtu, up, drain, stall), keys.errors
+
+
+def _rate_of(params: BackKeys) -> tuple[float, int]:
+    text = params.str_key("rate", "")
+    try:
+        return parse_rate(text) if text else (0.0, 0)
+    except ValueError as e:
+        raise params.wrong("rate", str(e)) from None
+
+
+def _ms_of(params: BackKeys, key: str) -> int | None:
+    return params.int_key(key, None, 0, _MOST_MS) if params.has(key) else None

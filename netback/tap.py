@@ -14,7 +14,7 @@ from functools import partial
 from pvdrivers.errors import ConfigError, PlatformError, PvError
 from pvdrivers.interfaces import TSO4, TSO6, TUN_CSUM, TUN_DEVICE, open_tun, set_tap_carrier, set_tap_offload, take_tap
 
-from .links import Links, find_bridge, in_namespace, set_up_tap
+from .links import Links, find_bridge, fit_tap, in_namespace, set_up_tap
 from .port import PortSpec
 from .records import ACCEPTS_GSO4, ACCEPTS_GSO6
 
@@ -24,14 +24,15 @@ _TUNSETPERSIST, _TUNGETIFF = 0x400454CB, 0x800454D2
 class Tap:
     """A TAP, up, without a carrier until there is somebody behind it. `fds` are those of its queues."""
 
-    def __init__(self, spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool = True) -> None:
-        """Make it, or find it again. PlatformError, ConfigError: what cannot be had, and why."""
+    def __init__(self, spec: PortSpec, mtu: int, owner: str, *, needs_bridge: bool = True, strict: bool = True) -> None:
+        """Make it, or find it again. PlatformError, ConfigError: what cannot be had, and why; if `strict`, an MTU that
+        its bridge does not have."""
         self.spec, self.what = spec, f"TAP {spec.name}"
         self.fds: list[int] = []
         self._ours = False
-        in_namespace(spec.netns, partial(self._make, mtu, f"pvdrivers {owner}", needs_bridge))
+        in_namespace(spec.netns, partial(self._make, mtu, f"pvdrivers {owner}", needs_bridge, strict))
 
-    def _make(self, mtu: int, owner: str, needs_bridge: bool) -> None:
+    def _make(self, mtu: int, owner: str, needs_bridge: bool, strict: bool) -> None:
         with Links() as links:
             index = links.index(self.spec.name)
             before = links.facts(index) if index else None
@@ -42,7 +43,7 @@ class Tap:
         try:
             self.carrier(False)
             set_up_tap(self.spec, mtu, owner if self._ours else before["alias"] if before else "",
-                       needs_bridge=needs_bridge)  # fmt: skip
+                       needs_bridge=needs_bridge, strict=strict)  # fmt: skip
             fcntl.ioctl(self.fds[0], _TUNSETPERSIST, 1)
         except BaseException as e:
             self.close()
@@ -98,6 +99,10 @@ class Tap:
             raise PlatformError(f"{self.what}: offloads {offload:#x}: {e.strerror}") from e
         self.carrier(True)
         return self.fds[:count]
+
+    def fit(self, mtu: int) -> None:
+        """Its MTU is this from now on. PlatformError; ConfigError: it is, but does not fit its bridge."""
+        in_namespace(self.spec.netns, partial(fit_tap, self.spec, mtu))
 
     def close_queues(self) -> None:
         """All but one: nobody is behind it."""

@@ -329,6 +329,10 @@ class Device(ABC):
     """RING.violation of the class's own, from worker.records.V_CLASS on, in words."""
     live_keys: Sequence[str] = ()
     """Of the guest's directory: refresh() is called when it changes one while it is connected."""
+    wrong = ""
+    """What the operator has to mend, though the guest is served: as connect() and refresh() have found it."""
+    lost = False
+    """What port_lost() has said is so still."""
     params: BackKeys
     """The backend's own directory, read just before any of advertise(), connect(), refresh() and reconfigure()."""
 
@@ -341,8 +345,11 @@ class Device(ABC):
         """Open what is behind the device; what to publish with InitWait (one transaction, the state last).
 
         Called again after a disconnect() and after an error, when `params` may say something else: then that is opened.
-        And before connect(recover=True), where nothing of it is published.
         """
+
+    def reopen(self) -> None:
+        """advertise() before connect(recover=True), of which nothing is published: what is merely `wrong` is no error."""
+        self.advertise()
 
     @abstractmethod
     def connect(self, front: FrontKeys, *, recover: bool) -> Publish:
@@ -354,10 +361,8 @@ class Device(ABC):
 
     @abstractmethod
     def disconnect(self) -> None:
-        """Finish what is in flight, take the rings from the worker, unmap, unbind. Idempotent.
-
-        Must not fail: what cannot be undone is logged and left behind.
-        """
+        """Finish what is in flight, take the rings from the worker, unmap, unbind. Idempotent. Must not fail: what
+        cannot be undone is logged and left behind."""
 
     def refresh(self) -> Publish | None:
         """Look again at what is behind (SIGHUP, or a changed backend key): keys to rewrite, None if none. They are
@@ -382,10 +387,8 @@ class Device(ABC):
                 log.warning("%s: while disconnecting: %s", self.ident, e)
 
     def removed(self) -> None:  # noqa: B027 - most classes have nothing to do here
-        """The device is gone for good, after disconnect(): close and delete what is left.
-
-        To the toolstack all is released after this, so that another guest may have the image.
-        """
+        """The device is gone for good, after disconnect(): close and delete what is left. To the toolstack all is
+        released after this, so that another guest may have the image."""
 
     @classmethod
     def pages_mapped(cls) -> Mapping[str, int]:

@@ -30,7 +30,7 @@ class Handling:
         front = FrontKeys.read(self._control.store, self._device.ident)
         self.disconnect()
         if recover:
-            self._device.advertise()
+            self._device.reopen()
         keys = self._device.connect(front, recover=recover)
         self.connected = True
         return keys

@@ -293,7 +293,7 @@ class Life:
         if error is not None:
             return self._failed(ours, theirs, wanted, error)
         self._pace.release()
-        self.nodes.clear_report()
+        self.nodes.tell(self.device.wrong)
         rings = wanted.action in _COSTLY - {Action.RECONFIGURE}
         self.troubles.over("waiting", "draining", "quota", *(_OF_RINGS if rings else ()))
         if published:
@@ -315,8 +315,8 @@ class Life:
             self.troubles.add("draining", str(error), logging.DEBUG)  # the log has it as an error
         if isinstance(error, NotRecoverable):
             self.nodes.report(f"cannot be taken over, and reconnects: {error}")
-        elif isinstance(error, _MAY_PASS) and not isinstance(error, ConfigError):
-            # Our state stays, so that the handshake goes on from here when the cause has passed.
+        elif isinstance(error, _MAY_PASS) and (wanted.action is Action.RECOVER or not isinstance(error, ConfigError)):
+            # Our state stays, so that the handshake goes on from here when the cause has passed: Closing may be final.
             self.nodes.report(str(error) or repr(error), hotplug=advertising)
             self._pace.hold((ours, theirs), _DRAINING_SECONDS if isinstance(error, DrainingError) else None)
             self._control.changed(self)
@@ -338,7 +338,7 @@ class Life:
             return self.nodes.report(f"{_NOT_REFRESHED}{error}")
         if keys:
             self._owed = {**(self._owed or {}), **keys}  # the device says it once; the look that follows writes it
-        if "port" in self.troubles.now or self.nodes.reported.startswith(_NOT_REFRESHED):
+        if not self.device.lost and ("port" in self.troubles.now or self.nodes.reported.startswith(_NOT_REFRESHED)):
             self.troubles.over("port")
             self.nodes.clear_report()
 

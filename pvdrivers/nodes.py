@@ -214,6 +214,13 @@ class Nodes:
                 log.debug("%s: %s", self.ident, e)
         self._written = True
 
+    def tell(self, wrong: str) -> None:
+        """All is well, but for this."""
+        if wrong:
+            self.report(wrong)
+        else:
+            self.clear_report()
+
     def clear_report(self) -> None:
         """What was reported is over."""
         if self.reported:

@@ -140,6 +140,45 @@ def test_a_connection_short_of_resources(bed: Bed) -> None:
     assert disk.calls == ["advertise", "connect", "connect", "connect"]
 
 
+def test_a_wrong_configuration_does_not_close_who_is_connected(bed: Bed) -> None:
+    """The operator has changed something while no daemon ran: the guest waits until it is mended."""
+    _left_behind(bed)
+    guest = bed.guest()
+    life, disk = bed.life(guest)
+    disk.troubles["advertise"] = [ConfigError("params: what is nonsense:?")] * 1000
+    life.look()
+    bed.control.pass_time(100)
+    assert guest.state() == S.Connected and not life.connected and "nonsense" in str(guest.error())
+    assert len(disk.calls) < 30
+    disk.troubles = {}
+    life.handle_backend_change(["params"])
+    assert life.connected and guest.state() == S.Connected and guest.error() is None
+
+
+def test_what_is_wrong_with_one_that_is_served_is_told(bed: Bed) -> None:
+    """For as long as it is so, whatever else is published meanwhile."""
+    guest, life, disk = bed.connected()
+    disk.wrong = "rate: what is fast?"
+    for sectors in (200, 300):
+        disk.sectors = sectors
+        life.handle_backend_change(["rate"])
+        assert guest.key("sectors") == str(sectors) and "rate: what is fast?" in str(guest.error())
+    disk.wrong = ""
+    life.handle_backend_change(["rate"])
+    assert guest.error() is None and guest.state() == S.Connected
+
+
+def test_a_port_that_could_not_be_made_again_is_trouble_still(bed: Bed) -> None:
+    _, life, disk = bed.connected()
+    life.notice("port", "TAP x: it is gone")
+    disk.lost, disk.wrong = True, "bridge y is not there"
+    life.refresh()
+    assert life.troubles.now == {"port": "TAP x: it is gone"} and life.error == "bridge y is not there"
+    disk.lost, disk.wrong = False, ""
+    life.refresh()
+    assert life.troubles.now == {} and life.error == ""
+
+
 @pytest.mark.usefixtures("own_fault")
 def test_our_own_fault_closes_one_device(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
     guest = bed.guest()
