@@ -6,6 +6,7 @@ import os
 
 from pvdrivers.device import BackKeys, DeviceId
 from pvdrivers.errors import ConfigError
+from pvdrivers.migration import guest_of
 from pvdrivers.platform import XenStore
 from pvdrivers.storage.uri import DiskSpec
 from pvdrivers.toolstack import DISK_KINDS
@@ -16,15 +17,15 @@ from .params import disk_of
 def migrates_from(store: XenStore, ident: DeviceId, spec: DiskSpec) -> int | None:
     """The other domain with the uuid of this one that has the same image; None if there is none.
 
-    Both are read where the toolstack writes, and no guest: /local/domain/<domid>/vm, and our own directories.
+    All of it is read where the toolstack writes, and no guest.
     """
-    uuid = _vm(store, ident.domid)
-    if not uuid or spec.scheme != "file":
+    guest = guest_of(store, ident.domid)
+    if not guest or spec.scheme != "file":
         return None
     for kind in DISK_KINDS:
         top = f"/local/domain/{ident.backend_domid}/backend/{kind}"
         for domid in filter(str.isdigit, store.ls(top) or ()):
-            if int(domid) == ident.domid or _vm(store, int(domid)) != uuid:
+            if int(domid) == ident.domid or guest_of(store, int(domid)) != guest:
                 continue
             for devid in filter(str.isdigit, store.ls(f"{top}/{domid}") or ()):
                 other = DeviceId(ident.backend_domid, kind, int(domid), int(devid), "")
@@ -39,10 +40,3 @@ def _same_image(store: XenStore, other: DeviceId, spec: DiskSpec) -> bool:
         return theirs is not None and theirs.scheme == "file" and os.path.samefile(theirs.path, spec.path)
     except (ConfigError, OSError):
         return False
-
-
-def _vm(store: XenStore, domid: int) -> bytes:
-    try:
-        return (store.read(f"/local/domain/{domid}/vm") or b"").rstrip(b"\0")
-    except PermissionError:  # a driver domain may not look
-        return b""

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.capture_memory import CaptureMemory, point_to
-from pvdrivers.device import Context, Device, DeviceId, FrontKeys, Publish
+from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotYet, Publish
 from pvdrivers.errors import ConfigError
+from pvdrivers.migration import guest_of
 from pvdrivers.stats import StatsFile
 from pvdrivers.worker.control import RingHandle, Worker
 from pvdrivers.worker.pool import WorkerPool
@@ -42,7 +43,7 @@ from .records import (
     RX_QUEUE,
 )
 from .shards import Shard
-from .switch import Port, Switch, find_switch
+from .switch import AddressTaken, Port, Switch, find_switch
 from .uplinks import uplinks_of
 
 OFFERED_QUEUES = 8
@@ -228,7 +229,7 @@ class VifBackend(Device):
         if said.control is not None:
             self.queues.append(QueueState(self.switch.shard_of(self.port, 0)))
             attach_control(self, said.control, self.queues[-1], recover)
-        self.switch.join(self.port)
+        self._join(self.switch)
         self.other_side.attach(self.switch, len(said.queues), said.accepts, self)
         for state in self.queues:
             if recover:
@@ -238,6 +239,17 @@ class VifBackend(Device):
                 state.attached.append(handle)
         row["n_out"] = len(said.queues)
         self._tell(errors + self.other_side.look_again(self.live.mtu))
+
+    def _join(self, switch: Switch) -> None:
+        try:
+            switch.join(self.port)
+        except AddressTaken as e:
+            store = self.context.platform.store
+            guest = guest_of(store, self.ident.domid)
+            if not guest or e.domid == self.ident.domid or guest_of(store, e.domid) != guest:
+                raise
+            raise NotYet(f"it waits for domain {e.domid}, where the guest comes from, to let go of its address",
+                         0.05) from None  # fmt: skip
 
     def _tell(self, errors: list[str]) -> None:
         self.wrong, self.lost = "; ".join(errors), self.other_side.lost

@@ -26,7 +26,15 @@ from .link import LINK_BYTES, WIRE_BYTES
 from .records import GROUPS, JOINS_AT, LIMIT, MAX_PORTS, MAX_SHARDS, PORT, SWITCH
 from .shards import Shard, Shards
 
-__all__ = ["Port", "Switch", "find_switch"]
+__all__ = ["AddressTaken", "Port", "Switch", "find_switch"]
+
+
+class AddressTaken(ConfigError):
+    """The address of a port is that of another, whose guest is domain `domid`."""
+
+    def __init__(self, text: str, domid: int) -> None:
+        super().__init__(text)
+        self.domid = domid
 
 
 @dataclass
@@ -105,14 +113,15 @@ class Switch:
         self._shards.come_round()
 
     def join(self, port: Port) -> None:
-        """Give a port an index. ConfigError if its address is that of another, PvError if there is no room."""
+        """Give a port an index. AddressTaken if its address is that of another, PvError if there is no room."""
         with self._lock:
             for other in self._ports.values():
                 same = port.vlan == other.vlan or port.trunk is not None or other.trunk is not None
                 if port.mac and other.mac == port.mac and same:
-                    raise ConfigError(
+                    raise AddressTaken(
                         f"{port.label}: its address {mac_text(port.mac)} is that of {other.label} on switch"
-                        f" {self.name}; give it another `mac`"
+                        f" {self.name}; give it another `mac`",
+                        int(other.record[0]["domid"]),
                     )
             free = [i for i in range(MAX_PORTS) if i not in self._ports]
             if not free:

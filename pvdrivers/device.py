@@ -348,7 +348,7 @@ class Device(ABC):
         """
 
     def reopen(self) -> None:
-        """advertise() before connect(recover=True), of which nothing is published: what is merely `wrong` is no error."""
+        """advertise() before connect(recover=True), publishing nothing: what is merely `wrong` is no error."""
         self.advertise()
 
     @abstractmethod

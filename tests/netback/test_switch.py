@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront import CSUM_BLANK, CSUM_NONE, CSUM_VALID, Frame
 from pvdrivers.frontends.netfront_keys import Wishes
 
@@ -210,6 +211,34 @@ def test_a_killed_daemon_is_not_noticed(net: Any) -> None:
     b.vif.send(b.frame(a, b"after"))
     assert a.vif.receive(5) == b.frame(a, b"after")
     assert a.vif.connections == b.vif.connections == 1
+
+
+def test_a_guest_that_migrates_is_there_twice_for_a_while(net: Any) -> None:
+    """With one address. That of another guest is an error, as before."""
+    store = net.dom0.store
+    old, other = net.guest(), net.guest()
+    new, liar = (net.guest(mac=old.mac, connect=False) for _ in range(2))
+    store.write(f"/local/domain/{new.domain.domid}/vm", store.read(f"/local/domain/{old.domain.domid}/vm"))
+    for guest in (new, liar):
+        guest.vif.start()
+    until(lambda: "is that of" in liar.said())
+
+    def waits() -> bool:
+        return any(
+            f"waits for domain {old.domain.domid}" in text
+            for d in snapshot(net.run_dir) if d["device"] == new.name for text in d.get("troubles", {}).values()
+        )  # fmt: skip
+
+    until(waits)
+    other.vif.send(other.frame(old, b"still here"))
+    assert old.vif.receive(5) == other.frame(old, b"still here")
+    assert not new.said() and store.read(f"{new.backend}/state") == b"2"
+    net.guests.remove(old)
+    old.end()
+    until(lambda: new.vif.state == 4)
+    assert new.vif.connections == 1 and not new.said() and not waits()
+    new.vif.send(new.frame(other, b"here now"))
+    assert other.vif.receive(5) == new.frame(other, b"here now")
 
 
 def test_a_guest_that_goes_while_it_receives(net: Any) -> None:
