@@ -29,7 +29,7 @@ from pvdrivers.toolstack import VIF_KINDS
 from rings.netif import GSO_TCPV6
 from rings.vnet import CSUM_BLANK
 
-_ENDS = frozenset({signal.SIGINT, signal.SIGTERM})
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 _IDLE_SECONDS = 0.02
 _FLUSH_SECONDS = 0.5
 _NAME = re.compile(rf"(?:({'|'.join(VIF_KINDS)})[-/]?)?(\d+)[./-](\d+)")
@@ -49,15 +49,18 @@ def run(args: argparse.Namespace) -> int:
             os.close(fd)
         with _output(args.out) as file:
             writer = Writer(file, name, args.snaplen)
-            # Waited for, not suffered: an exception within a packet would have it in the file twice, or in part.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+            # Noted, not suffered: an exception within a packet would have it in the file twice, or in part. And not
+            # blocked: the kernel would give it to another thread, numpy's for one.
+            told: list[int] = []
+            before = [(number, signal.signal(number, lambda n, _: told.append(n))) for number in _ENDS]
             try:
-                _follow(sock, ring, writer, args)
+                _follow(sock, ring, writer, args, told)
             finally:
                 if args.packets is None or writer.count < args.packets:
                     writer.packets(ring, args.packets)
                 writer.end(ring)
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                for number, handler in before:
+                    signal.signal(number, handler)
     lost = int(ring.shared["lost"].sum())
     print(f"{writer.count} packets, {lost} lost for want of room", file=sys.stderr)
     return 0
@@ -108,16 +111,16 @@ def _output(path: str) -> IO[bytes]:
         raise PlatformError(f"{path}: {e.strerror}") from e
 
 
-def _follow(sock: socket.socket, ring: Ring, writer: Writer, args: argparse.Namespace) -> None:
+def _follow(sock: socket.socket, ring: Ring, writer: Writer, args: argparse.Namespace, told: list[int]) -> None:
+    """Until `told` has a signal in it, or for another reason to end."""
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     print(f"capturing {writer.name}", file=sys.stderr, flush=True)
     while args.packets is None or writer.count < args.packets:
-        idle = 0.0
+        if told:
+            return
         if not writer.packets(ring, args.packets):
             writer.flush()
-            idle = _IDLE_SECONDS
-        if signal.sigtimedwait(_ENDS, idle):
-            return
+            time.sleep(_IDLE_SECONDS)
         if deadline is not None and time.monotonic() >= deadline:
             return
         try:
