@@ -67,8 +67,10 @@ def test_less_queues_hold_from_the_next_connection_on(net: Any) -> None:
     a, b = net.guest(), net.guest(queues=2)
     net.dom0.store.write(f"{b.backend}/queues", 1)
     restart(net, a, b)
-    until(lambda: heard(a, b, b.mac))
-    assert len(b.vif.queues) == 2 and not b.said() and b.counted("violations") == 0
+    until(lambda: heard(b, a, a.mac))
+    a.vif.send(a.frame(b))
+    until(lambda: b.counted("received") > 0)
+    assert len(b.vif.queues) == 2 and not b.said() and b.vif.connections == 1
     net.dom0.store.write(f"{b.backend}/state", 5)
     until(lambda: b.vif.connections == 2 and b.vif.state == 4)
     assert len(b.vif.queues) == 1
