@@ -182,7 +182,8 @@ class SimGrantTable:
         address = 0
         try:
             address = windows.reserve(size)
-            fd = self._foreign[domid].memory_fd
+            with self._lock:  # it may be on its way to the end of the line; as its pages are pinned, it does not go
+                fd = self._foreign[domid].memory_fd
             for i, frame in enumerate(ops["address"].tolist()):
                 windows.map_file(fd, PAGE_SIZE, protection, offset=frame * PAGE_SIZE, at=address + i * PAGE_SIZE)
         except PlatformError:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pvdrivers import sim
+from pvdrivers import sim, windows
 from pvdrivers.errors import ConfigError, PlatformError
 from pvdrivers.sim import toolstack, wire
 from pvdrivers.sim.hypercall import HypercallError, Hypercalls
@@ -185,6 +186,36 @@ def test_a_backend_forgets_domains_that_are_gone(dom0: Any, join: Callable[..., 
     last = toolstack.create_domain(dom0, memory_mib=1)
     dom0.prepare(last.domid)
     assert list(dom0.grants._foreign) == [last.domid]
+
+
+def test_a_page_is_mapped_while_others_are_forgotten(
+    dom0: Any, join: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is asked about has left the line for as long as that takes."""
+    domain, other = (toolstack.create_domain(dom0, memory_mib=1) for _ in range(2))
+    guest = join(domain)
+    gref = guest.pages.grant(guest.pages.alloc(1).frames[0], 0)
+    asked, exists, reserve = threading.Event(), dom0.grants._exists, windows.reserve
+    thread = threading.Thread(target=dom0.prepare, args=(other.domid,))
+
+    def slow(domid: int) -> bool:
+        if domid == domain.domid:
+            asked.set()
+            time.sleep(0.2)
+        return bool(exists(domid))
+
+    def meanwhile(size: int) -> int:
+        thread.start()
+        assert asked.wait(10)
+        return reserve(size)
+
+    monkeypatch.setattr(dom0.grants, "_exists", slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "reserve", meanwhile)
+        mapping = dom0.grants.map(domain.domid, [gref])
+    thread.join()
+    mapping.unmap()
+    guest.close()
 
 
 def test_too_much_memory(dom0: Any) -> None:
