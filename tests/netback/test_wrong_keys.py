@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pvdrivers.cli.stats import snapshot
 from pvdrivers.frontends.netfront_keys import Wishes
 
 from .conftest import Guest, Net, until
@@ -25,7 +26,7 @@ def restart(net: Net, *guests: Guest) -> None:
 def served(*guests: Guest) -> None:
     """By this daemon, and without a new connection."""
     for guest in guests:
-        until(lambda: (guest.net.run_dir / "stats" / guest.name).exists())  # noqa: B023
+        until(lambda: guest.name in [one["device"] for one in snapshot(guest.net.run_dir) if one.get("connected")])  # noqa: B023
         assert (guest.vif.state, guest.vif.connections) == (4, 1)
         assert guest.net.dom0.store.read(f"{guest.backend}/state") == b"4"
 
