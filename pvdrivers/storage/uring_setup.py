@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import struct
+from contextlib import suppress
 from typing import Final, Literal
 
 from pvdrivers.closing import Closing
@@ -49,6 +50,9 @@ _OFF_SQ_RING: Final = 0
 _OFF_SQES: Final = 0x10000000
 _REGISTER_FILES: Final = 2
 _REGISTER_ENABLE_RINGS: Final = 12
+_REGISTER_IOWQ_MAX_WORKERS: Final = 19
+MOST_WAITING: Final = 2048
+"""Blocking I/Os that one submitting thread has under way at once, each in a thread of the kernel's while it lasts."""
 
 # struct io_uring_params: 10 words (sq_entries, cq_entries, flags, ..., features at 5, ...), then sq_off,
 # then cq_off.
@@ -114,6 +118,7 @@ class Uring(Closing):
                 self._pool = ThreadPool(self._record, self.address, entries, cq_entries, threads)
             else:
                 self._set_up(entries, cq_entries)
+                self._let_many_wait()
                 if keep >= 0:  # the threads of a software ring have it for as long as they are at a request
                     files = bytearray(struct.pack("=i", keep))
                     _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_FILES, address(files), 1)
@@ -182,6 +187,13 @@ class Uring(Closing):
         r["quiet"] = bool(p[5] & _FEAT_CQE_SKIP)
         # SQEs are used in order: entry i of the indirection is i, once and for all.
         struct.pack_into(f"={sq_entries}I", rings, sq_array, *range(sq_entries))
+
+    def _let_many_wait(self) -> None:
+        """Of what blocks, buffered writes and flushes, Linux has four a processor under way and has the rest stand in
+        line, whatever their files: one store that hangs would hold up all others of the ring."""
+        counts = bytearray(struct.pack("=2I", MOST_WAITING, 0))
+        with suppress(OSError):  # before Linux 5.15 it is as it is
+            _syscall(NR_IO_URING_REGISTER, self._fd, _REGISTER_IOWQ_MAX_WORKERS, address(counts), 2)
 
     def enable(self) -> None:
         """Make the calling thread the one that submits (a worker calls the kernel of this name instead)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pvdrivers.storage import uring
+from pvdrivers.storage import uring, uring_setup
 from pvdrivers.storage.constants import PUNCH_HOLE
 from pvdrivers.storage.uring import (
     IORING_CQE_F_MORE,
@@ -25,6 +26,7 @@ from pvdrivers.storage.uring import (
     IORING_OP_WRITEV,
     Uring,
 )
+from pvdrivers.syscalls import NR_IO_URING_REGISTER
 
 from .driver import NEVER, SECOND, Memory, open_ring, result, take, take_all, wait
 
@@ -148,6 +150,16 @@ def test_chunks(flavour: str) -> None:
         uring.queue_nop(u, 9)
         uring.submit(u)
         assert take(u, 1)[0].user_data == 9
+
+
+def test_more_may_wait_than_four_a_processor() -> None:
+    """The thread that submits has the limit, as the kernel tells it; 0 changes nothing."""
+    with open_ring("io_uring") as ring:
+        uring.queue_nop(ring.address, 1)
+        take(ring.address, 1)
+        counts = bytearray(8)
+        uring_setup._syscall(NR_IO_URING_REGISTER, ring._fd, 19, uring_setup.address(counts), 2)
+        assert int.from_bytes(counts[:4], sys.byteorder) == uring_setup.MOST_WAITING
 
 
 def test_a_full_submission_queue_submits_itself(flavour: str) -> None:
