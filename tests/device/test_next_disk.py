@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace as replace_id
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -20,10 +19,8 @@ from pvdrivers.life import Life
 from pvdrivers.storage.store import Store
 from pvdrivers.worker.pool import WorkerPool
 from pvdrivers.xenbus import XenbusState as S
-from pvdrivers.xenstore import XenStoreClient
 from tests.device.bed import Bed, Disk, Guest
-from tests.device.test_store_away import break_connection
-from tests.device.yard import Yard, connect, until
+from tests.device.yard import Yard, connect, no_store, until
 
 
 class Unserved(BlkBackend):
@@ -303,18 +300,7 @@ def test_replaced_while_the_connection_is_broken(yard: Yard, monkeypatch: pytest
     guest = yard.guest(5)
     guest.attach(params="nonsense")
     until(lambda: guest.key("hotplug-status") == "error")
-    away, real = threading.Event(), daemon.host._connect_store
-    assert real is not None
-
-    def comes_late() -> XenStoreClient:
-        if not away.is_set():
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "away")
-        return cast(XenStoreClient, real())
-
-    daemon.host._connect_store = comes_late
-    break_connection(daemon)
-    until(lambda: daemon.host._store_fd == -1)
-    replace(guest, "good")
-    away.set()
+    with no_store(daemon):
+        replace(guest, "good")
     until(lambda: guest.state() == S.InitWait)
     assert guest.key("hotplug-status") == "connected"

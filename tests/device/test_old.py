@@ -14,8 +14,7 @@ from pvdrivers.device import DeviceId
 from pvdrivers.upgrade import Old
 from pvdrivers.xenbus import XenbusState as S
 from tests.device.bed import Disk, Guest
-from tests.device.test_store_away import break_connection
-from tests.device.yard import Daemon, Yard, connect, until
+from tests.device.yard import Daemon, Yard, break_connection, connect, until
 
 SUCCESSOR = """
 import socket

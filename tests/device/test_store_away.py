@@ -6,12 +6,10 @@ import errno
 import itertools
 import os
 import re
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -20,13 +18,8 @@ from pvdrivers.incarnation import incarnation
 from pvdrivers.nodes import Nodes
 from pvdrivers.xenbus import XenbusState as S
 from pvdrivers.xenstore import XenStoreClient, XenStoreError
-from tests.device.yard import Daemon, Yard, connect, until
+from tests.device.yard import Daemon, Yard, break_connection, connect, no_store, until
 from tests.xenstore.conftest import Served
-
-
-def break_connection(daemon: Daemon) -> None:
-    with socket.socket(fileno=os.dup(daemon.platform.store._fd)) as theirs:
-        theirs.shutdown(socket.SHUT_RDWR)
 
 
 def as_if_empty(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -233,21 +226,9 @@ def test_a_guest_is_destroyed_while_the_connection_is_lost(yard: Yard, monkeypat
     connect(stays)
     connect(goes)
     until(lambda: all(life.connected for life in daemon.host.lives.values()))
-    away = threading.Event()
-    real = daemon.host._connect_store
-    assert real is not None
-
-    def comes_late() -> XenStoreClient:
-        if not away.is_set():
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "away")
-        return cast(XenStoreClient, real())
-
-    daemon.host._connect_store = comes_late
-    break_connection(daemon)
-    until(lambda: daemon.host._store_fd == -1)
-    for path in (goes.back, "/local/domain/6"):
-        yard.dom0.rm(path)
-    away.set()
+    with no_store(daemon):
+        for path in (goes.back, "/local/domain/6"):
+            yard.dom0.rm(path)
     until(lambda: ("vbd", 6, 51712) not in daemon.host.lives)
     assert daemon.disks["vbd-6-51712"].calls[-1] == "removed"
     assert daemon.host.lives["vbd", 5, 51712].connected and "disconnect" not in daemon.disks["vbd-5-51712"].calls

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -171,3 +173,26 @@ def connect(guest: Guest) -> None:
     guest.publish()
     until(lambda: guest.state() == S.Connected)
     guest.say(S.Connected)
+
+
+def break_connection(daemon: Daemon) -> None:
+    with socket.socket(fileno=os.dup(daemon.platform.store._fd)) as theirs:
+        theirs.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def no_store(daemon: Daemon) -> Iterator[None]:
+    """A daemon whose connection is broken while the block runs, and cannot be made anew."""
+    away, real = threading.Event(), daemon.host._connect_store
+    assert real is not None
+
+    def comes_late() -> XenStoreClient:
+        if not away.is_set():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "away")
+        return cast(XenStoreClient, real())
+
+    daemon.host._connect_store = comes_late
+    break_connection(daemon)
+    until(lambda: daemon.host._store_fd == -1)
+    yield
+    away.set()

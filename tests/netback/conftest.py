@@ -157,13 +157,22 @@ def daemon(xen: Path) -> Iterator[Daemon]:
     daemon.stop()
 
 
+@contextlib.contextmanager
+def network(daemon: Daemon) -> Iterator[Net]:
+    """Where guests of a daemon are made; they end with it."""
+    dom0 = sim.open(daemon.run_dir)
+    net = Net(dom0, daemon.run_dir, daemon)
+    try:
+        yield net
+    finally:
+        net.end()
+        dom0.close()
+
+
 @pytest.fixture
 def net(xen: Path, daemon: Daemon) -> Iterator[Net]:
-    dom0 = sim.open(xen)
-    net = Net(dom0, xen, daemon)
-    yield net
-    net.end()
-    dom0.close()
+    with network(daemon) as net:
+        yield net
 
 
 @pytest.fixture(scope="session")
@@ -178,11 +187,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 @pytest.fixture
 def several(workers: Daemon) -> Iterator[Net]:
     """Guests of switches of two shards."""
-    dom0 = sim.open(workers.run_dir)
-    net = Net(dom0, workers.run_dir, workers)
-    yield net
-    net.end()
-    dom0.close()
+    with network(workers) as net:
+        yield net
 
 
 @pytest.fixture
@@ -193,13 +199,10 @@ def own(tmp_path: Path) -> Iterator[Net]:
     ) as xen:
         assert xen.stdout is not None and xen.stdout.readline().startswith("ready")
         daemon = Daemon(tmp_path / "run", tmp_path / "log")
-        dom0 = sim.open(tmp_path / "run")
-        net = Net(dom0, tmp_path / "run", daemon)
         try:
-            yield net
+            with network(daemon) as net:
+                yield net
         finally:
-            net.end()
-            dom0.close()
             for one in daemons.running(tmp_path / "run"):
                 subprocess.run(["kill", str(one.pid)], check=False)
             until(lambda: not daemons.running(tmp_path / "run"), 30)

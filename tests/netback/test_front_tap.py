@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,17 @@ import pytest
 from netback.links import in_namespace
 from pvdrivers.frontends import netfront_tap
 
+from . import test_full
 from .conftest import Guest, until
 from .packets import ones
-from .spaces import Namespace, need
+from .spaces import Namespace
 
 pytestmark = [
     pytest.mark.jit_only("a real daemon serves"),
     pytest.mark.skipif(os.geteuid() != 0, reason="root makes network namespaces"),
     pytest.mark.root,
 ]
+space = test_full.space
 ALL = set(range(40))
 HERE, THERE, PORT = "10.97.0.1", "10.97.0.9", 9
 
@@ -83,14 +84,6 @@ class Stack:
         self.tap.close()
         for one in self.sockets:
             one.close()
-
-
-@pytest.fixture
-def space() -> Iterator[Namespace]:
-    need("ip")
-    made = Namespace()
-    yield made
-    made.end()
 
 
 @pytest.mark.parametrize("counts", [(4, 1, 4), (1, 4, 2, 3)], ids=str)

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pvdrivers import sim
-
-from .conftest import COMMAND, Daemon, Net, until
+from .conftest import COMMAND, Daemon, Net, network, until
 from .spaces import Bridged, Machine, Make, Namespace, guests, need, ping
 from .test_outer import iperf
 
@@ -54,11 +52,8 @@ def machine(served: Daemon) -> Iterator[Make]:
 
 @pytest.fixture
 def net(served: Daemon) -> Iterator[Net]:
-    dom0 = sim.open(served.run_dir)
-    net = Net(dom0, served.run_dir, served)
-    yield net
-    net.end()
-    dom0.close()
+    with network(served) as net:
+        yield net
 
 
 def deaf(space: Machine, target: str) -> bool:

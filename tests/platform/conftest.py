@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sim-strict": {"strict": True},
     "sim-fifo": {"abi": "fifo"},
 }
+
+
+def passes_with_the_jit_off(path: str) -> None:
+    """All tests of a file, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
 
 
 @kernel

@@ -6,9 +6,6 @@ place of another in compiled code, so these run with the JIT off, in a process o
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -30,6 +27,7 @@ from pvdrivers.xen import devices, grant_map, grant_seam, grant_window
 from pvdrivers.xen.grant_window import GRANT_CTX, TOGETHER
 from rings.atomics import records
 from rings.jit import JIT
+from tests.platform.conftest import passes_with_the_jit_off
 
 PAGES, MOST, WINDOW = 1 << 10, 512, 1 << 40
 DOMID, NEIGHBOUR = 7, 8
@@ -40,10 +38,7 @@ needs_no_jit = pytest.mark.skipif(JIT, reason="in a process of its own, by test_
 
 @pytest.mark.skipif(not JIT, reason="this is that process")
 def test_with_the_jit_off() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+    passes_with_the_jit_off(__file__)
 
 
 @pytest.mark.skipif(not JIT, reason="of the compiled code")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,6 +33,7 @@ from pvdrivers.xen.grant_window import (
 from pvdrivers.xen.limits import MAX_MAP_COUNT
 from rings.atomics import records
 from rings.jit import JIT
+from tests.platform.conftest import passes_with_the_jit_off
 
 PAGES, MOST = 1 << 10, 512
 LIMIT = int(Path(MAX_MAP_COUNT).read_text())
@@ -49,10 +48,7 @@ needs_a_limit = pytest.mark.skipif(LIMIT > 1 << 18, reason=f"so many mappings ta
 
 @pytest.mark.skipif(not JIT, reason="this is that process")
 def test_with_the_jit_off() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+    passes_with_the_jit_off(__file__)
 
 
 @contextmanager
