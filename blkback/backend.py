@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverable, NotYet, Publish
-from pvdrivers.errors import DeviceBusyError
-from pvdrivers.journal import Journal
+from pvdrivers.errors import ConfigError, DeviceBusyError
+from pvdrivers.journal import Journal, left_behind
 from pvdrivers.stats import StatsFile
 from pvdrivers.storage.store import Store, memory_name, open_store
 from pvdrivers.storage.uri import DiskSpec
@@ -166,6 +166,18 @@ class BlkBackend(Device):
             out[blkif.KEY_MAX_INDIRECT_SEGMENTS] = self.spec.indirect
         return out
 
+    def reopen(self) -> None:
+        """Raises ConfigError if it is to be another disk than the one that the guest has: what is in the journal, and in
+        the guest's memory, is of that one."""
+        spec = disk_of(self.params)
+        had = left_behind(self.journal_path, spec.behind) if spec is not None else None
+        if had is not None and spec is not None:
+            raise ConfigError(
+                f"{self.ident}: {self.ident.backend_path} names {spec.behind}, and its guest is connected to {had}, with"
+                " I/O that may not be finished: write that again and it goes on, or detach the disk"
+            )
+        self.advertise()
+
     def _begin_anew(self) -> None:
         """Let go of a disk that is open, and is not the one that the toolstack asks for now."""
         if self.store is not None:
@@ -214,6 +226,7 @@ class BlkBackend(Device):
         if self.store is None:
             self._open_late()
         assert self.store is not None
+        self.store.refresh_size()  # it may have been resized since it was opened
         if recover and not self.context.options.get("journal", True):
             raise NotRecoverable(f"{self.ident}: there is no journal to recover from (--no-journal)")
         self.disconnect()
@@ -245,7 +258,8 @@ class BlkBackend(Device):
         else:
             if use_file:
                 self.journal_path.parent.mkdir(mode=0o700, exist_ok=True)
-            self.journal = Journal.create(self.journal_path if use_file else None, incarnation, sizes)
+            path = self.journal_path if use_file else None
+            self.journal = Journal.create(path, incarnation, sizes, self.spec.behind if self.spec else "")
         about = {
             "device": str(self.ident),
             "domid": domid,

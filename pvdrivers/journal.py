@@ -24,8 +24,9 @@ from pvdrivers.worker.journal import DONE, FREE, JOURNAL_QUEUE, JOURNAL_RECORD, 
 _WRAP = 1 << 32
 MAGIC = b"PVJRNL\x00\x01"
 VERSION = 1
-_HEADER = struct.Struct("<8sIIII512s")  # magic, version, queues, record size, unused, incarnation
+_HEADER = struct.Struct("<8sIIII512s488s")  # magic, version, queues, record size, unused, incarnation, what is behind
 _QUEUES_AT = 1024
+_BEHIND_BYTES = 488
 MAX_QUEUES = (4096 - _QUEUES_AT) // JOURNAL_QUEUE.itemsize
 
 
@@ -67,6 +68,26 @@ class QueueRecovery:
     """Indices of done records whose response was never pushed, by response index: to be answered, not executed."""
 
 
+def left_behind(path: Path, behind: str) -> str | None:
+    """What a journal's device was made of, if that was said and is not `behind`: another disk than it is to be now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        raw = os.pread(fd, _HEADER.size, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    if len(raw) < _HEADER.size or not raw.startswith(MAGIC):
+        return None
+    said: bytes = _HEADER.unpack(raw)[-1].rstrip(b"\0")
+    if not said or said == behind.encode()[:_BEHIND_BYTES]:  # versions before this one said nothing
+        return None
+    return said.decode(errors="replace")
+
+
 class Journal:
     """The journal of one device. `memory_only` keeps the records in private memory: nothing survives."""
 
@@ -77,10 +98,10 @@ class Journal:
         self.address = int(self._bytes.ctypes.data)
 
     @classmethod
-    def create(cls, path: Path | None, incarnation: str, nr_ents: Sequence[int]) -> Journal:
+    def create(cls, path: Path | None, incarnation: str, nr_ents: Sequence[int], behind: str = "") -> Journal:
         """A new, empty journal for queues of `nr_ents` records each. Raises JournalError (no room, too many queues).
 
-        With path None it lives in private memory.
+        With path None it lives in private memory. `behind` is for left_behind().
         """
         if len(nr_ents) > MAX_QUEUES:
             raise JournalError(f"journal: {len(nr_ents)} queues, the limit is {MAX_QUEUES}")
@@ -98,7 +119,8 @@ class Journal:
             head = journal.queue(q)
             head["nr_ents"], head["records"] = n, offset
             offset += n * JOURNAL_RECORD.itemsize
-        buffer[: _HEADER.size] = _HEADER.pack(MAGIC, VERSION, len(nr_ents), JOURNAL_RECORD.itemsize, 0, tag)
+        header = MAGIC, VERSION, len(nr_ents), JOURNAL_RECORD.itemsize, 0, tag, behind.encode()[:_BEHIND_BYTES]
+        buffer[: _HEADER.size] = _HEADER.pack(*header)
         return journal
 
     @staticmethod
@@ -140,7 +162,7 @@ class Journal:
             return None
         finally:
             os.close(fd)
-        magic, version, queues, record_size, _, tag = _HEADER.unpack(buffer[: _HEADER.size])
+        magic, version, queues, record_size, _, tag, _ = _HEADER.unpack(buffer[: _HEADER.size])
         journal = cls(buffer, path)
         if (
             magic != MAGIC
@@ -163,7 +185,7 @@ class Journal:
         """Anybody's journal, for reading only; None if it is none, or none that this version can read."""
         if len(buffer) < 4096:
             return None
-        magic, version, queues, record_size, _, _ = _HEADER.unpack(buffer[: _HEADER.size])
+        magic, version, queues, record_size, _, _, _ = _HEADER.unpack(buffer[: _HEADER.size])
         if magic != MAGIC or version != VERSION or queues > MAX_QUEUES or record_size != JOURNAL_RECORD.itemsize:
             return None
         journal = cls(buffer, None)

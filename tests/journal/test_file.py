@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvdrivers.journal import MAX_QUEUES, Journal, JournalError, QueueRecovery
+from pvdrivers.journal import MAX_QUEUES, Journal, JournalError, QueueRecovery, left_behind
 from pvdrivers.worker.journal import (
     DONE,
     FREE,
@@ -91,6 +91,20 @@ def test_as_it_was_left(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     again.erase()
     again.close()
+
+
+def test_what_is_behind(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    assert left_behind(path, "file:/a") is None
+    path.write_bytes(b"short")
+    assert left_behind(path, "file:/a") is None
+    Journal.create(path, WHO, SHAPE).close()
+    assert left_behind(path, "file:/a") is None, "as versions before left it"
+    for name in ("file:/a", "file:/" + "\u00e4" * 300):
+        Journal.create(path, WHO, SHAPE, name).close()
+        assert left_behind(path, name) is None
+        assert (left_behind(path, "file:/b") or "")[:7] == name[:7]
+        assert Journal.open(path, WHO, SHAPE) is not None
 
 
 def test_memory_only_leaves_nothing(tmp_path: Path) -> None:

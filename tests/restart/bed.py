@@ -91,12 +91,17 @@ class Bed:
 
     def disk(self, params: str, *, mode: str = "w", memory_mib: int = 128, **keywords: Any) -> Blkfront:
         """A new guest with one disk, connected."""
+        disk = self.unconnected(params, mode=mode, memory_mib=memory_mib, **keywords)
+        disk.connect(timeout=30)
+        return disk
+
+    def unconnected(self, params: str, *, mode: str = "w", memory_mib: int = 128, **keywords: Any) -> Blkfront:
+        """A new guest with one disk, which has not begun."""
         domain = toolstack.create_domain(self.dom0, name="guest", memory_mib=memory_mib)
         toolstack.attach_vbd(self.dom0.store, domain.domid, "xvda", params, mode=mode)
         guest = open_platform("sim", run_dir=self.run_dir, domid=domain.domid, token=domain.token)
         self._guests.append(guest)
         disk = Blkfront(guest, 51712, **keywords)
-        disk.connect(timeout=30)
         self.disks.append(disk)
         return disk
 

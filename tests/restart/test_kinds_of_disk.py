@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pvdrivers.frontends.blkfront import Blkfront
+from pvdrivers.frontends.load import Load, Plan
 from rings import blkif
 
 from .bed import Bed, until
@@ -57,3 +58,43 @@ def test_resized_live(bed: Callable[..., Bed], tmp_path: Path) -> None:
     until(lambda: disk.info.size == 2 * SIZE)
     disk.write(SIZE, b"x" * 4096)
     assert disk.read(SIZE, 4096) == b"x" * 4096
+
+
+def test_resized_before_its_guest_connects(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SIZE))
+    b = bed()
+    b.serve()
+    disk = b.unconnected(str(image))
+    until(lambda: b.dom0.store.read("/local/domain/0/backend/vbd/1/51712/state") == b"2")
+    os.truncate(image, 2 * SIZE)
+    disk.connect(timeout=30)
+    assert disk.info.size == 2 * SIZE
+
+
+def test_another_disk_is_named_while_no_daemon_runs(bed: Callable[..., Bed], tmp_path: Path) -> None:
+    """What was under way is of the disk that the guest is connected to, and goes to no other."""
+    images = tmp_path / "first.img", tmp_path / "other.img"
+    for image in images:
+        image.write_bytes(bytes(SIZE))
+    b = bed()
+    b.serve()
+    disk = b.disk(str(images[0]))
+    load = Load(disk, Plan(depth=8, write_percent=100, verify="all", length=SIZE))
+    load.start()
+    until(lambda: load.snapshot().requests > 100)
+    b.kill()
+    back = "/local/domain/0/backend/vbd/1/51712"
+    b.dom0.store.write(f"{back}/params", str(images[1]))
+    b.serve()
+    error = "/local/domain/0/error/backend/vbd/1/51712/error"
+    until(lambda: b.dom0.store.read(error) is not None)
+    assert f"names file:{images[1]}, and its guest is connected to file:{images[0]}".encode() in b.dom0.store.read(error)
+    assert b.dom0.store.read(f"{back}/state") == b"4"
+    b.dom0.store.write(f"{back}/params", f"{images[0]},policy=map")  # the same disk, with another option
+    seen = load.snapshot().requests
+    until(lambda: load.snapshot().requests > seen + 100)
+    load.stop()
+    assert load.wait(60).right and load.wait(60).requeues == 0
+    assert images[1].read_bytes() == bytes(SIZE)
+    assert b.dom0.store.read(error) is None
