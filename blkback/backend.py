@@ -167,14 +167,13 @@ class BlkBackend(Device):
         return out
 
     def reopen(self) -> None:
-        """Raises ConfigError if it is to be another disk than the one that the guest has: what is in the journal, and in
-        the guest's memory, is of that one."""
+        """Raises ConfigError if it is to be another disk than the one that the guest has: what is in the journal, and
+        in the guest's memory, is of that one."""
         spec = disk_of(self.params)
-        had = left_behind(self.journal_path, spec.behind) if spec is not None else None
-        if had is not None and spec is not None:
+        if spec is not None and (had := left_behind(self.journal_path, spec.behind)) is not None:
             raise ConfigError(
-                f"{self.ident}: {self.ident.backend_path} names {spec.behind}, and its guest is connected to {had}, with"
-                " I/O that may not be finished: write that again and it goes on, or detach the disk"
+                f"{self.ident}: {self.ident.backend_path} names {spec.behind}, and its guest is connected to {had},"
+                " with I/O that may not be finished: write that again and it goes on, or detach the disk"
             )
         self.advertise()
 

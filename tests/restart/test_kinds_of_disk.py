@@ -89,12 +89,14 @@ def test_another_disk_is_named_while_no_daemon_runs(bed: Callable[..., Bed], tmp
     b.serve()
     error = "/local/domain/0/error/backend/vbd/1/51712/error"
     until(lambda: b.dom0.store.read(error) is not None)
-    assert f"names file:{images[1]}, and its guest is connected to file:{images[0]}".encode() in b.dom0.store.read(error)
+    said = b.dom0.store.read(error).decode()
+    assert f"names file:{images[1]}, and its guest is connected to file:{images[0]}" in said
     assert b.dom0.store.read(f"{back}/state") == b"4"
     b.dom0.store.write(f"{back}/params", f"{images[0]},policy=map")  # the same disk, with another option
     seen = load.snapshot().requests
     until(lambda: load.snapshot().requests > seen + 100)
     load.stop()
-    assert load.wait(60).right and load.wait(60).requeues == 0
+    result = load.wait(60)
+    assert result.right and result.requeues == 0
     assert images[1].read_bytes() == bytes(SIZE)
     assert b.dom0.store.read(error) is None
