@@ -132,6 +132,7 @@ def _publish(wa: int, ra: int) -> None:
     e = records(ring["end"], 1, RING_END)[0]
     if e["prod_pvt"] == e["pushed"]:
         return
+    prefetch_to_write(e["prod"])  # another core has it: the push, and the barrier in it, would wait for that
     settle(wa, ra)
     notifies = push(ring["end"])
     checkpoint(worker_at(wa), STEP_PUSHED)
