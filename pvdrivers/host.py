@@ -312,8 +312,9 @@ class Host:
     def _look_for_lost(self) -> None:
         now = incarnation(self.store, self.context.platform.domid)
         restarted = now != self._incarnation or not now
+        another = restarted and bool(now and self._incarnation)
         for life in self.lives.values():
-            if restarted and life.in_use and life.nodes.came_back():
+            if restarted and life.in_use and life.nodes.came_back(another=another):
                 text = "xenstore was restarted, and knows neither it nor its guest; it is served as before"
                 life.troubles.add("lost", text)
             elif not life.nodes.lost:

@@ -93,14 +93,17 @@ class Nodes:
         state = self._control.store.read(self.ident.backend_path + "/state", tx)
         return parse_state(state) is XenbusState.Initialising and self._online(tx) and self.domain_exists()
 
-    def came_back(self) -> bool:
-        """The connection to the store broke, and there is one again. Whether we and the guest are not in it any more.
+    def came_back(self, *, another: bool) -> bool:
+        """The connection to the store broke, and there is one again. Whether we are not in it any more, as it was
+        restarted.
 
         xenstored keeps nothing over a restart (C xenstored without a live update), and what is missing then was
-        removed by nobody: the guest runs, and so does its disk.
+        removed by nobody: the guest runs, and so does its disk. `another`: it is known to be another store. Where that
+        is not known, a guest with a home there has lost its device to the toolstack; in another store that proves
+        nothing, as `xl mem-set` makes one.
         """
-        path = self.ident.backend_path + "/state"
-        self._lost = self._control.store.read(path) is None and not self.domain_exists()
+        gone = self._control.store.read(self.ident.backend_path + "/state") is None
+        self._lost = gone and (another or not self.domain_exists())
         return self._lost
 
     @property

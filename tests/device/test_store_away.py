@@ -87,11 +87,11 @@ def test_the_connection_breaks_again_while_devices_are_looked_for(
     until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
     came_back, times = Nodes.came_back, []
 
-    def breaks(self: Nodes) -> bool:
+    def breaks(self: Nodes, *, another: bool) -> bool:
         times.append(1)
         if len(times) <= 2:
             break_connection(daemon)
-        return came_back(self)
+        return came_back(self, another=another)
 
     monkeypatch.setattr(Nodes, "came_back", breaks)
     yard.dom0.rm("/local/domain/0/data")  # as if it were another store
@@ -234,10 +234,12 @@ def test_a_guest_is_destroyed_while_the_connection_is_lost(yard: Yard, monkeypat
     assert daemon.host.lives["vbd", 5, 51712].connected and "disconnect" not in daemon.disks["vbd-5-51712"].calls
 
 
+@pytest.mark.parametrize("home", [None, "/local/domain/5/memory/target"])
 def test_a_store_that_has_forgotten_the_guests(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: str | None
 ) -> None:
-    """xenstored was restarted, and xen-init-dom0 has written dom0's home: disks that are in use stay in use."""
+    """xenstored was restarted, and xen-init-dom0 has written dom0's home: disks that are in use stay in use. So they do
+    where somebody has begun to write about their guests anew, as `xl mem-set` does."""
     daemon = yard.daemon()
     served, waits = yard.guest(5), yard.guest(6)
     connect(served)
@@ -249,6 +251,8 @@ def test_a_store_that_has_forgotten_the_guests(
     until(lambda: daemon.host._store_fd == -1)
     for path in (served.back, waits.back, "/local/domain/5", "/local/domain/6", "/local/domain/0/data"):
         yard.dom0.rm(path)
+    if home is not None:
+        yard.dom0.write(home, "262144")
     empty.clear()
     until(lambda: daemon.platform.store is not before)
     until(lambda: ("vbd", 6, 51712) not in daemon.host.lives)
