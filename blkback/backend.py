@@ -14,7 +14,7 @@ from pvdrivers.device import Context, Device, DeviceId, FrontKeys, NotRecoverabl
 from pvdrivers.errors import ConfigError, DeviceBusyError
 from pvdrivers.journal import Journal, left_behind
 from pvdrivers.stats import StatsFile
-from pvdrivers.storage.store import Store, memory_name, open_store
+from pvdrivers.storage.store import Store, memory_name, open_store, place_of
 from pvdrivers.storage.uri import DiskSpec
 from pvdrivers.worker.control import RingHandle, Worker
 from pvdrivers.worker.pool import WorkerPool
@@ -169,10 +169,10 @@ class BlkBackend(Device):
     def reopen(self) -> None:
         """Raises ConfigError if it is to be another disk than the one that the guest has: what is in the journal, and
         in the guest's memory, is of that one."""
-        spec = disk_of(self.params)
-        if spec is not None and (had := left_behind(self.journal_path, spec.behind)) is not None:
+        place = place_of(disk_of(self.params))
+        if place and (had := left_behind(self.journal_path, place)) is not None:
             raise ConfigError(
-                f"{self.ident}: {self.ident.backend_path} names {spec.behind}, and its guest is connected to {had},"
+                f"{self.ident}: {self.ident.backend_path} names {place}, and its guest is connected to {had},"
                 " with I/O that may not be finished: write that again and it goes on, or detach the disk"
             )
         self.advertise()
@@ -258,7 +258,7 @@ class BlkBackend(Device):
             if use_file:
                 self.journal_path.parent.mkdir(mode=0o700, exist_ok=True)
             path = self.journal_path if use_file else None
-            self.journal = Journal.create(path, incarnation, sizes, self.spec.behind if self.spec else "")
+            self.journal = Journal.create(path, incarnation, sizes, place_of(self.spec))
         about = {
             "device": str(self.ident),
             "domid": domid,

@@ -69,7 +69,7 @@ class QueueRecovery:
 
 
 def left_behind(path: Path, behind: str) -> str | None:
-    """What a journal's device was made of, if that was said and is not `behind`: another disk than it is to be now."""
+    """What a journal's device had behind it, if that was said and is not `behind`, as it is to be now."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ __all__ = [
     "NullStore",
     "Store",
     "open_store",
+    "place_of",
 ]
 
 DRAIN_TIMEOUT: Final = 30.0
@@ -169,6 +171,20 @@ def memory_name(identity: str) -> str:
     """The file of a memory store: readable, and no two identities share one."""
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return f"memory-{re.sub(r'[^A-Za-z0-9-]', '_', identity)[:80]}-{digest}"
+
+
+def place_of(spec: DiskSpec | None) -> str:
+    """Where a disk's bytes are, by whatever name and with whatever options it was asked for. "" if nobody can say: who
+    opens it says why."""
+    if spec is None or not spec.path:
+        return "" if spec is None else f"{spec.scheme}:{size_text(spec.size)}"
+    try:
+        about = os.stat(spec.path)
+    except OSError:
+        return ""
+    if stat.S_ISBLK(about.st_mode):  # xl's script `block` names one twice, by its number and then by its path
+        return f"block:{os.major(about.st_rdev)}:{os.minor(about.st_rdev)}"
+    return f"file:{os.path.realpath(spec.path)}"
 
 
 def open_store(

@@ -65,11 +65,6 @@ class DiskSpec:
         return self.mode == "r"
 
     @property
-    def behind(self) -> str:
-        """Where its bytes are, however it was asked for and with whatever options."""
-        return f"{self.scheme}:{self.path or size_text(self.size)}"
-
-    @property
     def shared(self) -> bool:
         """May others use it too? Readers together, writers by w! only."""
         return self.mode != "w"

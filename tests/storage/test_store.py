@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from pvdrivers.errors import ConfigError, DeviceBusyError, StoreError
 from pvdrivers.storage import file_store
 from pvdrivers.storage.constants import PUNCH_HOLE
-from pvdrivers.storage.store import STORE_FILE, STORE_MEMORY, STORE_NULL, Store, open_store
+from pvdrivers.storage.store import STORE_FILE, STORE_MEMORY, STORE_NULL, Store, open_store, place_of
 from pvdrivers.storage.uri import parse_disk
 
 from .host import loop_device, run, tmpfs
@@ -96,6 +97,24 @@ def test_discard_frees_and_reads_as_zero(opened: Any, image: Path) -> None:
     with open_ring("no-threads") as ring:
         assert result(ring.address, uring.queue_fallocate(ring.address, s.fd, PUNCH_HOLE, 8192, 4096, 1)) == 0
     assert image.read_bytes()[8192:12288] == bytes(4096) and image.stat().st_size == 1 << 20
+
+
+def test_where_it_is(image: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.img"
+    link.symlink_to(image)
+    assert place_of(parse_disk(f"{link},direct=no,mode=r")) == place_of(parse_disk(str(image))) == f"file:{image}"
+    assert place_of(parse_disk(str(tmp_path / "none.img"))) == "" == place_of(None)
+    assert place_of(parse_disk("memory:64M,queues=1")) == "memory:64M"
+
+
+@pytest.mark.root
+def test_where_a_block_device_is(image: Path, tmp_path: Path) -> None:
+    with loop_device(image) as device:
+        number = os.stat(device).st_rdev
+        other = tmp_path / "other"
+        os.mknod(other, 0o600 | stat.S_IFBLK, number)
+        place = f"block:{os.major(number)}:{os.minor(number)}"
+        assert place_of(parse_disk(device)) == place_of(parse_disk(str(other))) == place
 
 
 def test_live_resize(opened: Any, image: Path) -> None:
