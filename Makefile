@@ -59,7 +59,7 @@ test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backe
 	@$(BIN)/python -m tests.xen.bed run $(BED) --seconds 4500 -- -v tests/xen tests/platform -k xen $(ARGS)
 
 bench-xen: setup ## there: hypercalls and system calls a request, counted, beside xen-blkback and qdisk (ARGS=--quick)
-	@$(BIN)/python -m tests.xen.bed sh --seconds 1800 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"
+	@$(BIN)/python -m tests.xen.bed sh --seconds 5400 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"
 
 # What takes processors and is not timed: two at a time. Compiling is of it, so that no test waits for a compiler.
 checks: warm test-boundscheck test-nojit lint-tools
