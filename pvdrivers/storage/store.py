@@ -176,8 +176,10 @@ def memory_name(identity: str) -> str:
 def place_of(spec: DiskSpec | None) -> str:
     """Where a disk's bytes are, by whatever name and with whatever options it was asked for. "" if nobody can say: who
     opens it says why."""
-    if spec is None or not spec.path:
-        return "" if spec is None else f"{spec.scheme}:{size_text(spec.size)}"
+    if spec is None:
+        return ""
+    if not spec.path:
+        return f"{spec.scheme}:{size_text(spec.size)}"
     try:
         about = os.stat(spec.path)
     except OSError:
