@@ -168,14 +168,14 @@ class Frontend(Closing):
                 self._fail(str(error))
             except ValueError as error:
                 self._fail(str(ProtocolViolation(self._backend_id, self._ident, f"backend's {error}")))
-            except OSError as error:
-                self._fail(f"{self.noun} {self.name}: {error}")
+            except OSError as error:  # what we may not write any more has gone with our directory
+                self._fail(self._gone_text if self._gone() else f"{self.noun} {self.name}: {error}")
 
     def _step(self) -> bool:
         """One look at the backend, and what follows from it. True if the state has changed: look again."""
         theirs = self._their_state()
-        if self.platform.store.read(f"{self.path}/backend-id") is None:
-            self._fail(f"{self.noun} {self.name} has been detached")
+        if self._gone():
+            self._fail(self._gone_text)
             return False
         if isinstance(theirs, BadState):
             raise ProtocolViolation(self._backend_id, self._ident, f"backend state is {theirs.text}")
@@ -247,6 +247,17 @@ class Frontend(Closing):
         self.failure = why
         self._stop(why)
 
+    def _gone(self) -> bool:
+        """Whether the toolstack has removed our directory, which it may do between any two steps of ours."""
+        try:
+            return self.platform.store.read(f"{self.path}/backend-id") is None
+        except OSError:
+            return False  # the store is gone, and what is in it is not known
+
+    @property
+    def _gone_text(self) -> str:
+        return f"{self.noun} {self.name} has been detached"
+
     @property
     def _ident(self) -> str:
         return f"{self.kind} {self.name}"
@@ -266,7 +277,7 @@ class Frontend(Closing):
         path, domid = store.read(f"{self.path}/backend"), store.read(f"{self.path}/backend-id")
         if path is None or domid is None or not domid.isdigit():
             if self._backend:
-                raise ConfigError(f"{self.noun} {self.name} has been detached")
+                raise ConfigError(self._gone_text)
             raise ConfigError(f"{self.noun} {self.name}: no backend and backend-id in {self.path}; attach it first")
         before, self._backend = self._backend, path.decode()
         self._backend_id = int(domid)

@@ -90,6 +90,23 @@ def test_unplugged(setup: Any) -> None:
         disk.read(0, 512)
 
 
+def test_removed_between_a_look_and_what_we_say(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toolstack that does not wait for us: what we were about to write may not be written any more."""
+    disk = setup.connect()
+    say = disk._say
+
+    def too_late(state: XenbusState) -> None:
+        setup.dom0.store.rm(disk.path)
+        say(state)
+
+    monkeypatch.setattr(disk, "_say", too_late)
+    setup.backend.say(CLOSING)
+    assert disk.wait_state(lambda: disk.failure, 5)
+    assert disk.failure == "disk xvda has been detached"
+    with pytest.raises(OSError):
+        disk.read(0, 512)
+
+
 def test_a_disk_that_nobody_serves(setup: Any) -> None:
     from pvdrivers.errors import PvError
     from pvdrivers.frontends.blkfront import Blkfront
