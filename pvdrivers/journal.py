@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,19 @@ from pvdrivers.worker.journal import DONE, FREE, JOURNAL_QUEUE, JOURNAL_RECORD, 
 _WRAP = 1 << 32
 MAGIC = b"PVJRNL\x00\x01"
 VERSION = 1
-_HEADER = struct.Struct("<8sIIII512s488s")  # magic, version, queues, record size, unused, incarnation, what is behind
-_QUEUES_AT = 1024
-_BEHIND_BYTES = 488
+JOURNAL_HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("queues", "<u4"),
+        ("record_size", "<u4"),
+        ("unused", "<u4"),
+        ("incarnation", "S512"),
+        ("behind", "S488"),
+    ]
+)
+"""Texts are padded with zeros, which are not there when they are read. `behind`: where the disk's bytes are."""
+_QUEUES_AT = JOURNAL_HEADER.itemsize
 MAX_QUEUES = (4096 - _QUEUES_AT) // JOURNAL_QUEUE.itemsize
 
 
@@ -75,17 +84,23 @@ def left_behind(path: Path, behind: str) -> str | None:
     except OSError:
         return None
     try:
-        raw = os.pread(fd, _HEADER.size, 0)
+        raw = os.pread(fd, JOURNAL_HEADER.itemsize, 0)
     except OSError:
         return None
     finally:
         os.close(fd)
-    if len(raw) < _HEADER.size or not raw.startswith(MAGIC):
+    if len(raw) < JOURNAL_HEADER.itemsize:
         return None
-    said: bytes = _HEADER.unpack(raw)[-1].rstrip(b"\0")
-    if not said or said == behind.encode()[:_BEHIND_BYTES]:  # versions before this one said nothing
+    header = np.frombuffer(raw, JOURNAL_HEADER)[0]
+    said: bytes = header["behind"]
+    if header["magic"] != MAGIC or not said or said == _cut(behind):  # versions before this one said nothing
         return None
     return said.decode(errors="replace")
+
+
+def _cut(behind: str) -> bytes:
+    """As much as the header has room for."""
+    return behind.encode()[: JOURNAL_HEADER["behind"].itemsize]
 
 
 class Journal:
@@ -96,6 +111,7 @@ class Journal:
         self.path = path
         self._bytes = np.frombuffer(buffer, np.uint8)
         self.address = int(self._bytes.ctypes.data)
+        self._header = self._bytes[: JOURNAL_HEADER.itemsize].view(JOURNAL_HEADER)[0]
 
     @classmethod
     def create(cls, path: Path | None, incarnation: str, nr_ents: Sequence[int], behind: str = "") -> Journal:
@@ -106,8 +122,8 @@ class Journal:
         if len(nr_ents) > MAX_QUEUES:
             raise JournalError(f"journal: {len(nr_ents)} queues, the limit is {MAX_QUEUES}")
         tag = incarnation.encode()
-        if len(tag) > 512:
-            raise JournalError(f"journal: an incarnation of {len(tag)} bytes, the limit is 512")
+        if len(tag) > (limit := JOURNAL_HEADER["incarnation"].itemsize):
+            raise JournalError(f"journal: an incarnation of {len(tag)} bytes, the limit is {limit}")
         size = _file_size(nr_ents)
         if path is None:
             buffer = mmap.mmap(-1, size)
@@ -119,8 +135,9 @@ class Journal:
             head = journal.queue(q)
             head["nr_ents"], head["records"] = n, offset
             offset += n * JOURNAL_RECORD.itemsize
-        header = MAGIC, VERSION, len(nr_ents), JOURNAL_RECORD.itemsize, 0, tag, behind.encode()[:_BEHIND_BYTES]
-        buffer[: _HEADER.size] = _HEADER.pack(*header)
+        journal._header["queues"], journal._header["record_size"] = len(nr_ents), JOURNAL_RECORD.itemsize
+        journal._header["incarnation"], journal._header["behind"] = tag, _cut(behind)
+        journal._header["magic"], journal._header["version"] = MAGIC, VERSION
         return journal
 
     @staticmethod
@@ -162,14 +179,11 @@ class Journal:
             return None
         finally:
             os.close(fd)
-        magic, version, queues, record_size, _, tag, _ = _HEADER.unpack(buffer[: _HEADER.size])
         journal = cls(buffer, path)
         if (
-            magic != MAGIC
-            or version != VERSION
-            or record_size != JOURNAL_RECORD.itemsize
-            or queues != len(nr_ents)
-            or tag.rstrip(b"\0") != incarnation.encode()
+            not journal._is_ours()
+            or journal.n_queues != len(nr_ents)
+            or journal._header["incarnation"] != incarnation.encode()
         ):
             return None
         offset = 4096
@@ -185,13 +199,12 @@ class Journal:
         """Anybody's journal, for reading only; None if it is none, or none that this version can read."""
         if len(buffer) < 4096:
             return None
-        magic, version, queues, record_size, _, _, _ = _HEADER.unpack(buffer[: _HEADER.size])
-        if magic != MAGIC or version != VERSION or queues > MAX_QUEUES or record_size != JOURNAL_RECORD.itemsize:
-            return None
         journal = cls(buffer, None)
-        for q in range(queues):
+        if not journal._is_ours() or journal.n_queues > MAX_QUEUES:
+            return None
+        for q in range(journal.n_queues):
             head = journal.queue(q)
-            at, end = int(head["records"]), int(head["records"]) + int(head["nr_ents"]) * record_size
+            at, end = int(head["records"]), int(head["records"]) + int(head["nr_ents"]) * JOURNAL_RECORD.itemsize
             if at < 4096 or end > len(buffer):
                 return None
         return journal
@@ -199,7 +212,16 @@ class Journal:
     @property
     def n_queues(self) -> int:
         """How many queues it is for."""
-        return int(_HEADER.unpack(self._map[: _HEADER.size])[2])
+        return int(self._header["queues"])
+
+    def _is_ours(self) -> bool:
+        """Whether this version knows how to read it."""
+        header = self._header
+        return bool(
+            header["magic"] == MAGIC
+            and header["version"] == VERSION
+            and header["record_size"] == JOURNAL_RECORD.itemsize
+        )
 
     def queue(self, q: int) -> np.void:
         """The JOURNAL_QUEUE of queue q, a view."""
@@ -271,7 +293,7 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the memory. The file stays."""
-        del self._bytes
+        del self._bytes, self._header
         try:
             self._map.close()
         except BufferError:
