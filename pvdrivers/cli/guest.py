@@ -22,6 +22,7 @@ from pvdrivers.nbd.server import NbdServer
 from pvdrivers.platform import open_platform
 from pvdrivers.sim import toolstack
 from pvdrivers.storage.uri import DiskSpec, parse_disk
+from pvdrivers.xenbus import XenbusState
 from pvdrivers.xl_vif import new_mac
 from rings.vdev import vdev_name, vdev_number
 
@@ -172,7 +173,7 @@ class Guest(Closing):
         deadline = time.monotonic() + _CONNECT
         patience = None
         disk.start()
-        while not disk.wait_state(lambda: disk.connections or disk.failure, _LOOK / 4):
+        while not disk.wait_state(lambda: disk.state is XenbusState.Connected or disk.failure, _LOOK / 4):
             said = self._backend_error(backend)
             if said and patience is None:
                 patience = time.monotonic() + _SECOND_TRY

@@ -129,7 +129,8 @@ class Life(Frontend):
         self.max_segments = most if most > blkif.MAX_SEGMENTS else blkif.MAX_SEGMENTS
         if most_bytes(self.max_segments, self.info.sector_size, 4096 - 512) <= 0:
             raise ValueError("sector size is larger than a request")
-        self._say(new)
+        self._count_connection()
+        self._say(new)  # and not once more behind the queues' beginning: by then the ring may have failed
         held, self._held = self._held, []
         for i, ios in enumerate(held):
             self.queues[i % len(self.queues)].requeue(ios)
@@ -138,7 +139,6 @@ class Life(Frontend):
             if len(waiting):
                 queue.submit(self._recut(waiting))
             queue.activate(granted=granted, bounce=self.bounces, untrusted=untrusted, max_segments=self.max_segments)
-        self._connected(new)
 
     def _refresh(self) -> None:
         sectors = keys.read_sectors(self._read_key)

@@ -49,6 +49,7 @@ class Frontend(Closing):
         self._wanted = True
         self._look = threading.Event()
         self._change = threading.Condition()
+        self._saying = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ended = False
 
@@ -165,11 +166,14 @@ class Frontend(Closing):
                 while not self._ended and not self.failure and self._step():
                     pass
             except PvError as error:
-                self._fail(str(error))
+                self._went_wrong(str(error))
             except ValueError as error:
-                self._fail(str(ProtocolViolation(self._backend_id, self._ident, f"backend's {error}")))
-            except OSError as error:  # what we may not write any more has gone with our directory
-                self._fail(self._gone_text if self._gone() else f"{self.noun} {self.name}: {error}")
+                if self._their_state() is XenbusState.Unknown:
+                    self._look.set()  # its directory was removed while we read it
+                else:
+                    self._went_wrong(str(ProtocolViolation(self._backend_id, self._ident, f"backend's {error}")))
+            except OSError as error:
+                self._went_wrong(f"{self.noun} {self.name}: {error}")
 
     def _step(self) -> bool:
         """One look at the backend, and what follows from it. True if the state has changed: look again."""
@@ -216,12 +220,11 @@ class Frontend(Closing):
             time.sleep(POLL)
         self._give_back()
 
-    def _connected(self, state: XenbusState) -> None:
-        """Count a connection, which is there from now on; the first begins the time that statistics are over."""
+    def _count_connection(self) -> None:
+        """One more; the first begins the time that statistics are over."""
         if not self.connections:
             self.connected_at = time.monotonic()
         self.connections += 1
-        self._entered(state)
 
     # When it goes wrong
 
@@ -246,6 +249,10 @@ class Frontend(Closing):
     def _drop(self, why: str) -> None:
         self.failure = why
         self._stop(why)
+
+    def _went_wrong(self, why: str) -> None:
+        """On the control thread. What cannot be read or written any more has gone with our directory, perhaps."""
+        self._fail(self._gone_text if self._gone() else why)
 
     def _gone(self) -> bool:
         """Whether the toolstack has removed our directory, which it may do between any two steps of ours."""
@@ -299,8 +306,12 @@ class Frontend(Closing):
             return XenbusState.Unknown
 
     def _say(self, state: XenbusState) -> None:
-        self.platform.store.write(f"{self.path}/state", int(state))
-        self._entered(state)
+        """To the backend. Of a device that has failed only its end: that is found on other threads, at any time."""
+        with self._saying:
+            if self.failure and state not in (XenbusState.Closing, XenbusState.Closed):
+                return
+            self.platform.store.write(f"{self.path}/state", int(state))
+            self._entered(state)
 
     def _entered(self, state: XenbusState) -> None:
         with self._change:

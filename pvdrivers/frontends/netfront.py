@@ -39,8 +39,8 @@ from .netfront_control import ControlRing
 from .netfront_control import warm as warm_control
 from .netfront_groups import Groups
 from .netfront_hash import Hash, apply
-from .netfront_queue import Queue
-from .netfront_records import BUFFER, FRAME, MOST_BYTES, RX, TX
+from .netfront_queue import BATCH, Queue
+from .netfront_records import MOST_BYTES, RX, TX
 from .netfront_staging import stage
 from .watches import Watches
 
@@ -49,7 +49,6 @@ __all__ = ["CSUM_BLANK", "CSUM_NONE", "CSUM_VALID", "Frame", "Netfront", "warm"]
 log = logging.getLogger(__name__)
 
 MOST_HEADROOM = 2048
-_BATCH = 64
 _SLICE_MS = 50  # two threads may wait on a queue, and the one that is woken take what the other waits for
 
 
@@ -66,6 +65,12 @@ class Frame:
     gso_type: int = 0
     hash_type: int = 0
     hash: int = 0
+
+
+def _frame(q: Queue, i: int) -> Frame:
+    """The i-th of those that were received last."""
+    size, *said = map(int, q.frames[1, i])
+    return Frame(q.buffers[1, i, :size].tobytes(), *said)
 
 
 class Netfront(Frontend):
@@ -109,8 +114,6 @@ class Netfront(Frontend):
         self.staged = 0
         """Pages that the backend keeps mapped (staging grants)."""
         self._hash: Hash | None = None
-        self._buffers = np.zeros((2, _BATCH, BUFFER), np.uint8)  # one to send from, one to receive into
-        self._frames = np.zeros((2, _BATCH), FRAME)
 
     @property
     def most_queues(self) -> int:
@@ -134,12 +137,12 @@ class Netfront(Frontend):
         while done < len(frames):
             q = self._queue(queue)
             with q.tx_lock:
-                batch = frames[done : done + _BATCH]
+                batch = frames[done : done + BATCH]
                 for i, frame in enumerate(batch):
                     if len(frame.data) > (MOST_BYTES if q.record[0]["sg"] else 4096):
                         raise OSError(errno.EMSGSIZE, f"vif {self.name}: a frame of {len(frame.data)} bytes")
-                    self._buffers[0, i, : len(frame.data)] = np.frombuffer(frame.data, np.uint8)
-                    self._frames[0, i] = (
+                    q.buffers[0, i, : len(frame.data)] = np.frombuffer(frame.data, np.uint8)
+                    q.frames[0, i] = (
                         len(frame.data), frame.csum, frame.gso_size, frame.gso_type, frame.hash_type, frame.hash,
                     )  # fmt: skip
                 sent = -1 if not q.active else self._do(q, kernels.send_all, 0, len(batch))
@@ -153,21 +156,21 @@ class Netfront(Frontend):
                 self._sleep(q, deadline, f"vif {self.name}: no room on its ring")
 
     def _do(self, q: Queue, kernel: Any, which: int, count: int) -> int:
-        return int(kernel(q.at, self._buffers[which].ctypes.data, self._frames[which].ctypes.data, count))
+        return int(kernel(q.at, q.buffers[which].ctypes.data, q.frames[which].ctypes.data, count))
 
     def receive(self, timeout: float | None = None, *, queue: int = 0) -> bytes:
         """The next frame of a queue. TimeoutError if none comes within `timeout` seconds."""
         return self.receive_all(1, timeout, queue=queue)[0].data
 
-    def receive_all(self, most: int = _BATCH, timeout: float | None = None, *, queue: int = 0) -> list[Frame]:
+    def receive_all(self, most: int = BATCH, timeout: float | None = None, *, queue: int = 0) -> list[Frame]:
         """At least one frame and at most `most`, in order. TimeoutError if none comes within `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             q = self._queue(queue)
             with q.rx_lock:
-                got = -1 if not q.active else self._do(q, kernels.receive_all, 1, min(most, _BATCH))
+                got = -1 if not q.active else self._do(q, kernels.receive_all, 1, min(most, BATCH))
                 if got > 0:
-                    return [self._frame(i) for i in range(got)]
+                    return [_frame(q, i) for i in range(got)]
                 if got == 0 and kernels.arm(q.at, RX) > 0:
                     continue
             if got < 0:
@@ -175,14 +178,11 @@ class Netfront(Frontend):
                 continue
             self._sleep(q, deadline, f"vif {self.name}: no packet came")
 
-    def _frame(self, i: int) -> Frame:
-        size, *said = map(int, self._frames[1, i])
-        return Frame(self._buffers[1, i, :size].tobytes(), *said)
-
     def _queue(self, index: int) -> Queue:
-        if self.failure or not self.queues:
+        queues = list(self.queues)  # they may become fewer at any time
+        if self.failure or not queues:
             raise OSError(errno.EIO, self.failure or f"vif {self.name}: not connected")
-        return self.queues[index % len(self.queues)]
+        return queues[index % len(queues)]
 
     def _failed(self, q: Queue, deadline: float | None) -> None:
         """A kernel would not go on: a violation, or the rings are being changed, for which is waited a moment. For ever
@@ -200,7 +200,7 @@ class Netfront(Frontend):
             left = min(left, int((deadline - time.monotonic()) * 1000) + 1)
             if left <= 0:
                 raise TimeoutError(errno.ETIMEDOUT, what)
-        kernels.wait(q.at, left)
+        q.wait(left)
 
     # The control ring
 
@@ -302,9 +302,10 @@ class Netfront(Frontend):
         count = min(self.offer.queues, self.most_queues)
         while len(self.queues) < count:
             self.queues.append(Queue(self.platform, len(self.queues)))
-        for queue in self.queues[count:]:
-            queue.end()
+        ended = self.queues[count:]
         del self.queues[count:]
+        for queue in ended:
+            queue.end()
         rings = [queue.open(self._backend_id, split=self.offer.split and self.wishes.split) for queue in self.queues]
         wishes = replace(self.wishes, gso=self.wishes.gso and self.wishes.sg)
         wanted = keys.frontend_keys(rings, wishes, self._open_control(), self._headroom)
@@ -330,8 +331,8 @@ class Netfront(Frontend):
             self._stage(self.control)
         self._refresh()
         self.groups.join_again()
-        self.platform.store.write(f"{self.path}/state", int(new))
-        self._connected(new)  # whoever waits for this expects that it receives
+        self._count_connection()
+        self._say(new)  # last: whoever waits for this expects that it receives
 
     def _rings(self) -> list[Queue | ControlRing]:
         return [*self.queues, *([] if self.control is None else [self.control])]

@@ -102,4 +102,4 @@ class Groups:
             if answer != NO_ANSWER or time.monotonic() > deadline:
                 return answer
             if waits:
-                kernels.wait(queue.at, _SLICE_MS)
+                queue.wait(_SLICE_MS)

@@ -23,9 +23,12 @@ from rings.ring import RING_END, format_page, front_end
 from . import netfront_kernels as kernels
 from .lent import Lent
 from .netfront_keys import Ring
-from .netfront_records import QUEUE, SLOTS, VIOLATIONS
+from .netfront_records import BUFFER, FRAME, QUEUE, SLOTS, VIOLATIONS
 
-__all__ = ["Queue"]
+__all__ = ["BATCH", "Queue"]
+
+BATCH = 64
+"""Packets that Python hands over, or takes, in one go."""
 
 
 def _address(array: NDArray[Any]) -> int:
@@ -46,7 +49,11 @@ class Queue:
         self._stop_lock = threading.Lock()  # of QUEUE.stop and what follows; the last to be taken
         self._open = False  # activate() to deactivate()
         self._interrupts = 0
+        self._users = threading.Condition()  # of the next two: end() closes nothing that somebody waits on
+        self._waiting = 0
         self._ended = False
+        self.buffers = np.zeros((2, BATCH, BUFFER), np.uint8)  # to send from, under tx_lock; to receive into, rx_lock
+        self.frames = np.zeros((2, BATCH), FRAME)
         self._events: EventChannel | None = None
         self._sources: list[int] = []
         self._pages: list[Pages] = []
@@ -163,7 +170,11 @@ class Queue:
 
     def end(self) -> None:
         """The queue is no more; deactivate() and release() came before."""
-        self._ended = True
+        with self._users:
+            self._ended = True
+            while self._waiting:
+                os.eventfd_write(self._wake, 1)  # one of them hears of it
+                self._users.wait(0.01)
         if self._events is not None:
             self._events.close()
         self._epoll.close()
@@ -177,8 +188,23 @@ class Queue:
 
     def wake(self) -> None:
         """Let whoever waits on this queue have a look."""
-        if not self._ended:
-            os.eventfd_write(self._wake, 1)
+        with self._users:
+            if not self._ended:
+                os.eventfd_write(self._wake, 1)
+
+    def wait(self, timeout_ms: int) -> None:
+        """Sleep, without the locks, until the backend has done something or wake() was called. Not for a queue that
+        has ended."""
+        with self._users:
+            if self._ended:
+                return
+            self._waiting += 1
+        try:
+            kernels.wait(self.at, timeout_ms)
+        finally:
+            with self._users:
+                self._waiting -= 1
+                self._users.notify_all()
 
     def watch(self, fd: int) -> None:
         """Wait for this descriptor as well, from now on."""

@@ -107,6 +107,27 @@ def test_removed_between_a_look_and_what_we_say(setup: Any, monkeypatch: pytest.
         disk.read(0, 512)
 
 
+def test_removed_while_it_is_read(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's directory first, as xl does it: keys that are not there any more are no lie of the backend's."""
+    disk = setup.connect()
+    refresh = disk._refresh
+
+    looked = threading.Event()
+
+    def too_late() -> None:
+        setup.dom0.store.rm(setup.path)
+        looked.set()
+        refresh()
+
+    monkeypatch.setattr(disk, "_refresh", too_late)
+    setup.backend.say(int(XenbusState.Connected))
+    assert looked.wait(5)
+    assert not disk.wait_state(lambda: disk.failure, 0.3)
+    setup.dom0.store.rm(disk.path)
+    assert disk.wait_state(lambda: disk.failure, 5)
+    assert disk.failure == "disk xvda has been detached"
+
+
 def test_a_disk_that_nobody_serves(setup: Any) -> None:
     from pvdrivers.errors import PvError
     from pvdrivers.frontends.blkfront import Blkfront
