@@ -317,7 +317,8 @@ class VifBackend(Device):
 
     def _workers(self) -> list[Worker]:
         """All that have to do with it."""
-        return [] if self.switch is None else [shard.worker for shard in self.switch.shards]
+        switch = self.switch  # it may leave meanwhile
+        return [] if switch is None else [shard.worker for shard in switch.shards]
 
     def port_lost(self, error: int) -> str:
         """What is on the other side is gone: in words."""

@@ -92,7 +92,8 @@ class Uplink:
 
     def port_lost(self, error: int) -> str:
         """What is behind is gone: in words. The log hears of it once."""
-        text = "" if self._outer is None else self._outer.lost(error)
+        outer = self._outer  # the last vif may go meanwhile
+        text = "" if outer is None else outer.lost(error)
         if not self._lost:
             log.error("uplink of switch %s: %s; SIGHUP has it made again", self.switch.name, text)
         self._lost = True

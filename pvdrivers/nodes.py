@@ -39,6 +39,7 @@ def connection_lost(error: OSError) -> bool:
     """Whether it was the connection to the store that failed, and not the one request."""
     return error.errno in _LOST
 
+
 _IN_FULL = 8  # errors of a device that the log hears of each time
 
 
@@ -205,17 +206,25 @@ class Nodes:
                 log.error("%s: %s%s", self.ident, text, so_far)
         store, path = self._control.store, self.ident.backend_path
         short = text.encode()[:_MOST_TEXT]
-        told = [(self.ident.error_path, b"%d %s" % (errno.EINVAL, short))]
-        if hotplug and store.read(path + "/state") is not None:
-            told += [(path + "/hotplug-error", short), (path + "/hotplug-status", b"error")]
-        for node, value in told:
-            try:
-                store.write(node, value)
-            except OSError as e:  # a quota of a driver domain, say: what can be said is said all the same
-                if connection_lost(e):
-                    raise
-                log.debug("%s: %s", self.ident, e)
+
+        def fail(tx: int) -> None:
+            if store.read(path + "/state", tx) is not None:  # a directory that is removed must not come back
+                self._try(lambda: store.write(path + "/hotplug-error", short, tx))
+                self._try(lambda: store.write(path + "/hotplug-status", b"error", tx))
+
+        self._try(lambda: store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short)))
+        if hotplug:
+            self._try(lambda: store.transaction(fail, wait=False))
         self._written = True
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """A quota of a driver domain may be in the way, say: what can be said is said all the same."""
+        try:
+            write()
+        except OSError as e:
+            if connection_lost(e):
+                raise
+            log.debug("%s: %s", self.ident, e)
 
     def tell(self, wrong: str) -> None:
         """All is well, but for this."""

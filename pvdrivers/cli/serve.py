@@ -206,8 +206,8 @@ def _service(host: Host, run_dir: Path, notifier: Notifier, link: socket.socket 
     try:
         yield new.warm if new is not None else alone
     finally:
+        record.remove()  # first: a successor takes the end of its link for ours
         old.close()
-        record.remove()
 
 
 @contextmanager
