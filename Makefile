@@ -52,11 +52,11 @@ test-full: setup ## run everything
 	@echo "test: the whole suite"
 	@$(PYTEST) $(SAME) $(ARGS)
 
-test-xen-quick: setup ## the core of test-xen: 4 to 7 minutes, when its images are there
+test-xen-quick: setup ## the core of test-xen, in one machine of two processors: 4 to 7 minutes, when its images are there
 	@$(BIN)/python -m tests.xen.bed run $(BED) --seconds 900 -- -v tests/xen -m xen_quick $(ARGS)
 
-test-xen: setup ## the real Xen, in an emulated machine: dom0, guests, our backend (as root, on Debian 12; BED=--again)
-	@$(BIN)/python -m tests.xen.bed run $(BED) --seconds 4500 -- -v tests/xen tests/platform -k xen $(ARGS)
+test-xen: setup ## the real Xen, in two emulated machines: dom0, guests, our backend (as root, on Debian 12; BED=--again)
+	@$(BIN)/python -m tests.xen.bed run --machines 2 --seconds 4500 $(BED) -- -v tests/xen tests/platform -k xen $(ARGS)
 
 bench-xen: setup ## there: hypercalls and system calls a request, counted, beside xen-blkback and qdisk (ARGS=--quick)
 	@$(BIN)/python -m tests.xen.bed sh --seconds 5400 -- "cd /opt/pvdrivers; python3 -m tests.xen.bench $(ARGS)"

@@ -26,10 +26,6 @@ if ON_XEN:
 
     GNTALLOC_LIMIT = Path("/sys/module/xen_gntalloc/parameters/limit")
 
-    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        """Files that leave the machine other than it was come last."""
-        items.sort(key=lambda item: isinstance(item, pytest.Function) and getattr(item.module, "LAST", False))
-
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Logs of daemons and guests go with a failure, which can be read while the other tests run."""

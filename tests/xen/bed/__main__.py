@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 
-from .boot import Machine, boot, failed, pytest_script
+from .boot import Machine, boot, failed, fitting, processors, pytest_script
 from .debian import install_missing
 from .images import build
 from .steps import BedError, say
@@ -20,12 +21,13 @@ def main() -> int:
     for verb, what in (("run", "pytest words"), ("sh", "script")):
         one = verbs.add_parser(verb, help=f"boot, and run {what} in dom0")
         one.add_argument("--seconds", type=float, default=900, help="end of patience (900)")
-        one.add_argument("--cpus", type=int, default=Machine.cpus)
+        one.add_argument("--cpus", type=int, help="of each machine (two, or what the host has for it)")
         one.add_argument("--memory", type=int, default=Machine.memory, help="MiB of the whole machine")
         one.add_argument("--xenstored", choices=["c", "o"], default="c", help="the C one, or oxenstored")
         one.add_argument("--xen", action="append", default=[], metavar="WORD", help="for Xen's command line")
         one.add_argument("--dom0", action="append", default=[], metavar="WORD", help="for dom0's command line")
         one.add_argument("--again", action="store_true", help="tests that fail: once more, in a machine of their own")
+        one.add_argument("--machines", type=int, default=1, help="so many share out the files of tests (1)")
         one.usage = f"%(prog)s [options] -- {what}"
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words = sys.argv[split + 1 :]
@@ -37,12 +39,15 @@ def main() -> int:
         if args.verb == "build":
             return 0
         script = " ".join(words) if args.verb == "sh" else pytest_script(words or ["tests/xen"])
-        machine = Machine(args.cpus, args.memory, xenstored=args.xenstored, xen_words=args.xen, dom0_words=args.dom0)
-        status = boot(images, machine, script, args.seconds)
+        machines, end = fitting(args.machines, args.memory), time.monotonic() + args.seconds
+        cpus = args.cpus or processors(machines)
+        machine = Machine(cpus, args.memory, xenstored=args.xenstored, xen_words=args.xen, dom0_words=args.dom0)
+        status = boot(images, machine, script, args.seconds, machines)
         if status == 1 and args.again and (names := failed()):
             say(f"{len(names)} failed, and are run once more: {' '.join(names)}")
             options = [word for word in words if word.startswith("-") and word not in ("-k", "-m")]
-            status = boot(images, machine, pytest_script([*options, *names]), args.seconds)
+            machine.cpus = args.cpus or processors(1)
+            status = boot(images, machine, pytest_script([*options, *names]), max(end - time.monotonic(), 300))
         return status
     except BedError as e:
         print(f"xen bed: error: {e}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Boot Xen and dom0 in QEMU, run a script in dom0, bring back its status and the logs."""
+"""Boot Xen and dom0 in QEMU, run a script in dom0, bring back its status and the logs.
+
+Several machines may run the same script beside each other. They share a directory, and so can share out the work.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import Self
 
 from .images import Images
 from .steps import BedError, cache, say
@@ -25,14 +30,14 @@ KEPT = 20  # directories of results
 class Machine:
     """What QEMU emulates. Memory in MiB."""
 
-    cpus: int = 2
+    cpus: int
     memory: int = 6144
     dom0_memory: int = 2560
     xenstored: str = "c"
     xen_words: list[str] = field(default_factory=list)
     dom0_words: list[str] = field(default_factory=list)
 
-    def command(self, images: Images, share: Path) -> list[str]:
+    def command(self, images: Images, share: Path, results: str) -> list[str]:
         """The QEMU command line. Disks are snapshots: each boot begins with the same images.
 
         -smap: the software emulation of QEMU 7.2 kills a PV dom0 with it. eager-fpu: with lazy switching of the
@@ -43,7 +48,7 @@ class Machine:
                "spec-ctrl=eager-fpu", "bootscrub=off", *self.xen_words]  # fmt: skip
         linux = ["console=hvc0", "quiet", "loglevel=4", "random.trust_cpu=on", "mitigations=off", "net.ifnames=0",
                  "panic=1", "root=/dev/vda", "bed.overlay", "bed.init=/bed/dom0-init",
-                 f"bed.xenstored={self.xenstored}", *self.dom0_words]  # fmt: skip
+                 f"bed.xenstored={self.xenstored}", f"bed.results={results}", *self.dom0_words]  # fmt: skip
         if any("," in word for word in linux):
             raise BedError(f"QEMU would cut dom0's command line at a comma: {' '.join(linux)}")
         words = "-nodefaults -nographic -no-reboot -serial stdio -nic none".split()
@@ -78,75 +83,116 @@ def _results() -> Path:
     return path
 
 
-def boot(images: Images, machine: Machine, script: str, seconds: float) -> int:
-    """Run a bash script in dom0. Its status; 124 when the time is up, 125 when no status came back."""
+def fitting(wanted: int, memory: int) -> int:
+    """As many machines of `memory` MiB as there is room for. QEMU takes a gigabyte more for what it has translated."""
+    each = memory + 1024
+    said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(said["MemAvailable"].split()[0]) >> 10
+    fit = max(1, min(wanted, free // each))
+    if fit < wanted:
+        say(f"{fit} machine(s) and not {wanted}: {free} MiB of memory are free, and each takes {each}")
+    return fit
+
+
+def processors(machines: int) -> int:
+    """Of each. If all together had more than the host has, one would wait for locks whose holder does not run just
+    then: a guest takes a hundred seconds to boot in such a machine, and six in one that has a single processor."""
+    return max(1, min(2, len(os.sched_getaffinity(0)) // machines))
+
+
+def boot(images: Images, machine: Machine, script: str, seconds: float, machines: int = 1) -> int:
+    """Run a bash script in dom0. The worst status; 124 when the time is up, 125 when no status came back."""
     share = _results()
     (share / "run").write_text(script)
     began = time.monotonic()
-    with open(share / "console.log", "wb") as log:
-        qemu = subprocess.Popen(
-            machine.command(images, share), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, preexec_fn=_die_with_parent,
-        )  # fmt: skip
-        try:
-            assert qemu.stdout is not None
-            console = Console(qemu.stdout.fileno(), log)
-            while qemu.poll() is None and time.monotonic() - began < seconds:
-                console.pass_on(timeout=0.5)
-            console.pass_on(timeout=0)
-            late = qemu.poll() is None
-        finally:
-            qemu.kill()
-            qemu.wait()
-    status = share / "results/status"
-    if not status.exists():
-        end = (share / "console.log").read_text(errors="replace").splitlines()[-30:]
-        say("the end of the console:\n" + "\n".join(end))
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(Running(images, machine, share, number, machines > 1))
+            for number in range(1, machines + 1)
+        ]
+        while (alive := [one for one in running if one.alive()]) and time.monotonic() - began < seconds:
+            ready, _, _ = select.select([one.fd for one in alive], [], [], 0.5)
+            for one in alive:
+                if one.fd in ready:
+                    one.pass_on()
     say(f"{time.monotonic() - began:.0f} s in QEMU; logs in {share}")
-    if late:
+    if alive:
         say(f"not finished after {seconds:.0f} s")
         return 124
-    return int(status.read_text()) if status.exists() else 125
+    return max(one.status() for one in running)
 
 
 def failed() -> list[str]:
     """Names of the tests that failed in the last boot; empty if one is not to be tried again (tests/xen/told.py)."""
-    log = cache() / "results/last/results/failed"
-    lines = [line.split(maxsplit=1) for line in log.read_text().splitlines()] if log.exists() else []
+    logs = (cache() / "results/last").glob("results*/failed")
+    lines = [line.split(maxsplit=1) for log in logs for line in log.read_text().splitlines()]
     return [] if any(kind == "final" for kind, _ in lines) else list(dict.fromkeys(name for _, name in lines))
 
 
-class Console:
-    """Copies the serial line to the log, and from dom0's first word on to the terminal."""
+class Running:
+    """One of the machines. Its serial line goes to a log, and from dom0's first word on to the terminal."""
 
     FIRST = b"[dom0 "
 
-    def __init__(self, fd: int, log: IO[bytes]) -> None:
-        self._fd, self._log, self._held, self._shown = fd, log, b"", False
+    def __init__(self, images: Images, machine: Machine, share: Path, number: int, one_of_several: bool) -> None:
+        results, console = ("results", "console.log") if number == 1 else (f"results-{number}", f"console-{number}.log")
+        self._results, self._console = share / results, share / console
+        self._log = open(self._console, "wb")  # noqa: SIM115 - closed with the machine
+        self._prefix = f"{number}| ".encode() if one_of_several else b""
+        self._held, self._shown = b"", False
+        self._qemu = subprocess.Popen(
+            machine.command(images, share, results), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        assert self._qemu.stdout is not None
+        self.fd = self._qemu.stdout.fileno()
+        self._ended = False
 
-    def pass_on(self, timeout: float) -> None:
-        """What arrives within a while."""
-        while select.select([self._fd], [], [], timeout)[0]:
-            data = os.read(self._fd, 65536)
-            if not data:
-                time.sleep(timeout)
+    def alive(self) -> bool:
+        """Whether more may come from it."""
+        return not self._ended
+
+    def pass_on(self) -> None:
+        """What has arrived; of several machines in whole lines, each with the machine's number."""
+        data = os.read(self.fd, 65536)
+        self._ended = not data
+        self._log.write(data)
+        self._log.flush()
+        self._held += data.replace(b"\r", b"")
+        if not self._shown:
+            begin = self._held.find(self.FIRST)
+            if begin < 0:
                 return
-            self._log.write(data)
-            self._log.flush()
-            if not self._shown:
-                self._held += data
-                begin = self._held.find(self.FIRST)
-                if begin < 0:
-                    continue
-                data, self._held, self._shown = self._held[begin:], b"", True
-            sys.stdout.write(data.replace(b"\r", b"").decode(errors="replace"))
-            sys.stdout.flush()
-            timeout = 0
+            self._held, self._shown = self._held[begin:], True
+        end = len(self._held) if self._ended or not self._prefix else self._held.rfind(b"\n") + 1
+        text, self._held = self._held[:end], self._held[end:]
+        for line in text.splitlines(keepends=True):
+            sys.stdout.write((self._prefix + line).decode(errors="replace"))
+        sys.stdout.flush()
+
+    def status(self) -> int:
+        """What the script ended with, or 125."""
+        said = self._results / "status"
+        if said.exists():
+            return int(said.read_text())
+        end = self._console.read_text(errors="replace").splitlines()[-30:]
+        say("no status came back; the end of the console:\n" + "\n".join(end))
+        return 125
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._qemu.kill()
+        self._qemu.wait()
+        self._log.close()
 
 
 def pytest_script(words: list[str]) -> str:
     """The script that runs pytest on the project in dom0."""
-    names = [name for name in ("CI", "PVDRIVERS_XEN_KILLS") if name in os.environ]
+    names = [name for name in ("CI", "PVDRIVERS_XEN_KILLS", "PVDRIVERS_XEN_BEGIN") if name in os.environ]
     passed = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
     return (
         f"{passed}python -m pytest -p no:cacheprovider -p tests.xen.told --color=no --durations=12 --durations-min=3"
