@@ -249,14 +249,16 @@ def test_signals_end_a_verb_in_order(args: list[str], number: signal.Signals, st
 FLOWING = STANDING.replace("time.sleep(60)", "[print('x' * 100) for _ in range(10_000)]")
 
 
-@pytest.mark.parametrize("source", [STANDING.replace("time.sleep(60)", "time.sleep(0.3)"), FLOWING])
+@pytest.mark.parametrize("source", [STANDING.replace("time.sleep(60)", "sys.stdin.read()"), FLOWING])
 def test_a_reader_that_goes_away_is_met_quietly(source: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", source, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None and running.stderr is not None
+        [sys.executable, "-c", source, "demo"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdin is not None and running.stdout is not None and running.stderr is not None
         assert running.stdout.readline() == "up\n"
         running.stdout.close()
+        running.stdin.close()  # one of them writes only now
         err = running.stderr.read()
         deadline = time.monotonic() + 30
         while running.poll() is None and time.monotonic() < deadline:

@@ -285,6 +285,7 @@ def test_a_driver_domain_removes_what_is_closed(yard: Yard, monkeypatch: pytest.
     until(lambda: dd.state() == S.Closed)
     yard.dom0.rm(dd.back)
     dd.attach(51712)
+    until(lambda: dd.state() == S.InitWait)
     time.sleep(0.5)
     assert dd.state() == S.InitWait
 

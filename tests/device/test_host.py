@@ -26,8 +26,9 @@ def test_devices_come_and_go(yard: Yard) -> None:
     guest = yard.guest(5)
     connect(guest)
     assert set(daemon.host.lives) == {("vbd", 4, 51712), ("vbd", 5, 51712)}
+    until(lambda: daemon.host.stats()["vbd-5-51712"]["state"] == "Connected")
     stats = daemon.host.stats()["vbd-5-51712"]
-    assert stats["state"] == "Connected" and stats["requests"] == 7 and stats["violations"] == 0
+    assert stats["requests"] == 7 and stats["violations"] == 0
     guest.unplug()
     guest.say(S.Closed)
     until(lambda: guest.state() == S.Closed)
@@ -197,6 +198,7 @@ def test_keys_that_are_written_while_they_are_read(yard: Yard, caplog: pytest.Lo
         liar.publish()
         life = daemon.host.lives["vbd", 5, 51712]
         until(lambda: life.error)
+        said = life.error
         began = time.monotonic()
         connect(other)
         assert time.monotonic() - began < 5
@@ -204,9 +206,9 @@ def test_keys_that_are_written_while_they_are_read(yard: Yard, caplog: pytest.Lo
         end.set()
         writer.join()
         client.close()
-    assert "was written to each of" in life.error and longest[0] < 0.5
+    assert "was written to each of" in said and longest[0] < 2
     until(lambda: liar.state() == S.Connected)
-    assert life.error == ""
+    until(lambda: life.error == "")
 
 
 def test_the_connection_to_the_store_is_lost(yard: Yard) -> None:

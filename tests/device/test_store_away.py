@@ -57,6 +57,7 @@ def test_xenstored_is_restarted_twice(yard: Yard, caplog: pytest.LogCaptureFixtu
     until(lambda: daemon.host.lives["vbd", 5, 51712].connected)
     for _ in range(2):
         restart_xenstored(yard, daemon)
+        until(lambda: "lost" in daemon.host.stats()["vbd-5-51712"]["troubles"])
         time.sleep(0.2)
         life = daemon.host.lives["vbd", 5, 51712]
         assert life.connected and daemon.disks["vbd-5-51712"].calls == ["advertise", "connect"]
@@ -121,8 +122,15 @@ def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
         turns.append(time.monotonic())
         daemon.host.later(0.02, turn)
 
-    hanging = threading.Thread(target=lambda: yard.served.call(lambda: hangs.wait(8)))
+    inside = threading.Event()
+
+    def hang() -> None:
+        inside.set()
+        hangs.wait(20)
+
+    hanging = threading.Thread(target=lambda: yard.served.call(hang))
     hanging.start()
+    assert inside.wait(10)
     try:
         daemon.host.submit(lambda: None, lambda *_: turn())
         daemon.host.refresh()  # it asks for the parameters
@@ -133,7 +141,7 @@ def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
         hangs.set()
         hanging.join()
     gaps = [after - before for before, after in itertools.pairwise(turns)]
-    assert max(gaps[:first]) < 2 and max(gaps[first + 1 :]) < 0.7, "one wait, and then it is tried elsewhere"
+    assert max(gaps[:first]) < 2 and max(gaps[first + 1 :]) < 1.5, "one wait, and then it is tried elsewhere"
     assert daemon.disks["vbd-5-51712"].attached
     until(lambda: daemon.host._store_fd >= 0)
     guest.say(S.Closed)

@@ -99,7 +99,7 @@ class Arena:
         assert fault is None, self.bed.log.read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def make_arena() -> Iterator[Callable[..., Arena]]:
     with ExitStack() as stack:
 
@@ -112,7 +112,7 @@ def make_arena() -> Iterator[Callable[..., Arena]]:
         yield make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def arena(make_arena: Callable[..., Arena]) -> Arena:
     """One daemon for all that storms; use after unmap faults in it."""
     return make_arena("--strict")

@@ -188,7 +188,7 @@ def test_discards_of_a_whole_disk_in_memory_hold_up_nobody(arena: Arena) -> None
             arena.neighbour.disk.read(0, 4096)
             slowest = max(slowest, time.monotonic() - began)
         assert len(front.answers(ring, 32, timeout=60)) == 32
-        assert slowest < 1.0, f"{slowest:.2f} s for one read"
+        assert slowest < 5.0, f"{slowest:.2f} s for one read"
 
 
 @pytest.mark.slow

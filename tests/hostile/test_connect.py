@@ -165,7 +165,7 @@ def test_keys_that_change_all_the_time_hold_up_nobody_else(quiet: Arena) -> None
         finally:
             stop.set()
             thread.join()
-        assert slowest < 5, f"{slowest:.1f} s to connect beside a guest that rewrites its keys"
+        assert slowest < 15, f"{slowest:.1f} s to connect beside a guest that rewrites its keys"
 
 
 def test_indices_of_slots_put_before_connect(quiet: Arena) -> None:

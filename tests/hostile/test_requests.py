@@ -167,7 +167,7 @@ def raw(guest: Guest, drawn: tuple, id: int) -> bytes:  # type: ignore[type-arg]
     return bytes(rest[0])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def victims(arena: Arena) -> Iterator[dict[tuple[int, str], Guest]]:
     """Connected once: the batches follow upon each other, as they would come from a guest."""
     found: dict[tuple[int, str], Guest] = {}

@@ -19,6 +19,7 @@ from rings.ring import RING_END
 
 from .conftest import Guest, until
 from .control_bed import KEY
+from .test_catalogue import produced
 from .test_hostile import logged, talk
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
@@ -63,6 +64,7 @@ def test_what_is_on_the_ring_is_what_linux_writes(net: Any, wishes: Wishes) -> N
     ctypes.memset(pages + first * 4096, 0xEE, 4096)
     a.vif.send_all([frame])
     until(lambda: b.counted("received") == before + 1)
+    until(lambda: produced(b, "rx_end") - int(queue._keep["rx_end"][0]["cons"]) == 5)  # which is a moment later
     said = responses(b, 5)
     one, two = np.frombuffer(said[0] + said[4], netif.RX_RESPONSE)
     blank = netif.RXF_csum_blank | netif.RXF_data_validated

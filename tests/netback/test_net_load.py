@@ -60,7 +60,7 @@ def test_pages_that_are_kept_mapped(net: Any, working_set: int, staged: int) -> 
     a, b = (net.guest(wishes=Wishes(staging=False), memory_mib=32) for _ in range(2))
     with generator(a, b, working_set=working_set, staging=True) as load:
         assert load.staged == staged
-        load.run(NetPlan([(0, 1)], 9000, 0, seconds=0.1))  # netfront's own pages are on the ring first
+        load.run(NetPlan([(0, 1)], 9000, 0, seconds=0.5))  # netfront's own pages are on the ring first
         before = copies(net, a, b)
         result = load.run(NetPlan([(0, 1)], 9000, 0, look="all", seconds=0.2))
         assert result.received > 20 and (result.lost, result.errors, result.wrong) == (0, 0, 0)

@@ -86,7 +86,9 @@ def test_groups_are_joined_while_a_tap_carries_the_queue(net: Any, offloads: lis
         until(lambda: _carries(a, b, tap))
         a.vif.send(a.frame(B))
         a.vif.send(a.frame(A, b"again"))
-        assert tap.receive() == a.frame(A, b"again")
+        while (frame := tap.receive()) == a.frame(b, b"there"):
+            pass  # one that came late
+        assert frame == a.frame(A, b"again")
         tap.send(b.frame(a, b"and out"))
         assert a.vif.receive(5) == b.frame(a, b"and out")
     b.vif.groups.leave(A, timeout=5)

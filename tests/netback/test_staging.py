@@ -186,6 +186,7 @@ def test_a_buffer_that_is_mapped_read_only_is_not_written_to_that_way(net: Any) 
     assert counters(b)["persistent_hits"] == 0
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_end_of_a_connection_unmaps_all(net: Any) -> None:
     a = net.guest()
     _pages, mine = spare(a, 1)

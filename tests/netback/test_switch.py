@@ -180,6 +180,7 @@ def test_queues(net: Any) -> None:
         for queue in range(3):
             a.vif.send(a.frame(b, payload + bytes([queue]), 0x800), queue=queue)
     got: dict[bytes, set[int]] = {}
+    until(lambda: b.counted("received") == 40 * 3)
     for queue in range(4):
         try:
             while True:

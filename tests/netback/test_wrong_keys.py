@@ -82,7 +82,7 @@ def test_a_guest_may_reconfigure_whatever_the_toolstack_has_written(net: Any) ->
     net.dom0.store.write(f"{b.backend}/mtu", "10")
     until(lambda: "not from 68" in b.said())
     b.vif.set_headroom(256)
-    assert heard(a, b, b.mac) and b.vif.connections == 1
+    assert heard(a, b, b.mac, 5) and b.vif.connections == 1
     assert "not from 68" in b.said(), "it is so still"
 
 
@@ -91,7 +91,7 @@ def test_where_its_packets_go_has_to_be_known(net: Any) -> None:
     a, b = net.guest(), net.guest()
     net.dom0.store.write(f"{b.backend}/bridge", "swich:")
     until(lambda: "no port that is known" in b.said())
-    assert heard(a, b, b.mac)
+    assert heard(a, b, b.mac, 5)
     net.daemon.kill()
     net.daemon.start()
     served(a)
@@ -115,7 +115,7 @@ def test_a_wrong_key_keeps_nothing_else_from_being_told(net: Any) -> None:
     until(lambda: not b.vif.carrier)
     drained(b)
     until(lambda: carrier(b) == b"1")
-    assert heard(a, b, EVERYBODY) and not heard(a, b, A)
+    assert heard(a, b, EVERYBODY, 5) and not heard(a, b, A)
     b.vif.groups.filter(False)
     until(lambda: heard(a, b, A))
     net.dom0.store.write(f"{b.backend}/link", "down")

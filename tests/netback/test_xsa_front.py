@@ -42,6 +42,7 @@ def page_at(guest: Guest, gref: int) -> int:
     return pages + k % SLOTS * _PAGE
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("which", ["sent from", "received into"])
 def test_xsa_396_a_page_that_the_backend_keeps_is_used_for_nothing_else(net: Any, which: str) -> None:
     """CVE-2022-23036 to -23042: access was said to be ended, and the page was used again while it was mapped."""

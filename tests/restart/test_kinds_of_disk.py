@@ -95,8 +95,8 @@ def test_another_disk_is_named_while_no_daemon_runs(bed: Callable[..., Bed], tmp
     b.dom0.store.write(f"{back}/params", f"{images[0]},policy=map")  # the same disk, with another option
     seen = load.snapshot().requests
     until(lambda: load.snapshot().requests > seen + 100)
+    until(lambda: b.dom0.store.read(error) is None)
     load.stop()
     result = load.wait(60)
     assert result.right and result.requeues == 0
     assert images[1].read_bytes() == bytes(SIZE)
-    assert b.dom0.store.read(error) is None

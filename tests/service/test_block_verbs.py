@@ -56,9 +56,9 @@ def test_a_disk_comes_and_goes(shared: Bed, guest: Guest, image: Path) -> None:
 
 
 def test_with_connect_the_guest_is_waited_for(shared: Bed, guest: Guest) -> None:
-    command = [*("block-attach", "--connect", "--timeout", "1", guest.name), "memory:1M,,xvdb"]
+    command = [*("block-attach", "--connect", "--timeout", "3", guest.name), "memory:1M,,xvdb"]
     done = cli(shared, *command)
-    fails(done, "xvdb of domain", "the guest has not connected within 1 s: its state is 1")
+    fails(done, "xvdb of domain", "the guest has not connected within 3 s: its state is 1")
     assert shared.dom0.store.ls(f"/local/domain/0/backend/pvblk/{guest.domid}") is None, "nothing is left"
     command[3] = "20"
     with ThreadPoolExecutor(1) as pool:

@@ -145,8 +145,8 @@ def test_a_domain_or_a_vif_that_is_not_there(net: Bed, guest: Guest) -> None:
 
 
 def test_with_connect_the_guest_is_waited_for(net: Bed, guest: Guest) -> None:
-    command = ["network-attach", "--connect", "--timeout", "1", guest.name, f"mac={MAC}"]
-    fails(cli(net, *command), "vif 0 of domain", "the guest has not connected within 1 s: its state is 1")
+    command = ["network-attach", "--connect", "--timeout", "3", guest.name, f"mac={MAC}"]
+    fails(cli(net, *command), "vif 0 of domain", "the guest has not connected within 3 s: its state is 1")
     assert columns(net, guest) == [], "nothing is left"
     command[3] = "20"
     with ThreadPoolExecutor(1) as pool:

@@ -65,9 +65,10 @@ def test_a_script_that_runs_after_initwait(shared: Bed, image: Path) -> None:
         guest = front(shared, stack, "iqn.2026-01:disk", be={"script": "/etc/xen/scripts/block-iscsi"})
         guest.wait(INIT_WAIT)
         guest.say(INITIALISED, **guest.keys_of([guest.new_ring()]))
+        said = f"vbd-{guest.domid}-51712: it waits for the hotplug script block-iscsi"
+        until(lambda: said in shared.log.read_text())
         time.sleep(0.3)
         assert guest.backend() == INIT_WAIT and guest.error() == ""
-        said = f"vbd-{guest.domid}-51712: it waits for the hotplug script block-iscsi"
         assert shared.log.read_text().count(said) == 1
         shared.dom0.store.write(f"{guest.back}/physical-device-path", str(image))
         guest.wait(CONNECTED, timeout=5)
@@ -127,7 +128,7 @@ def test_the_target_of_a_migration_waits_for_its_source(shared: Bed, image: Path
         source.destroy()
         began = time.monotonic()
         target.wait(CONNECTED, timeout=10)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0
         reads(target)
         name = f"vbd-{target.domid}-51712: it waits for domain {source.domid}"
         assert shared.log.read_text().count(name) == 1

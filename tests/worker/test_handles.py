@@ -99,7 +99,7 @@ def test_what_is_left_is_not_closed(worker: Worker) -> None:
 @pytest.mark.jit_only("there are no threads of ours")
 def test_threads_that_do_not_end_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that never answers has one in each request: who stops the service waits once."""
-    monkeypatch.setattr(pool, "JOIN_SECONDS", 0.3)
+    monkeypatch.setattr(pool, "JOIN_SECONDS", 1.5)
     workers = WorkerPool(PLATFORM, 3, software=True)
     never = threading.Event()
     for worker in workers.workers[:2]:
@@ -112,6 +112,6 @@ def test_threads_that_do_not_end_are_waited_for_together(monkeypatch: pytest.Mon
     assert well is not None and len(well._threads) > 1
     began = time.monotonic()
     workers.stop()
-    assert 0.3 <= time.monotonic() - began < 0.6
+    assert 1.5 <= time.monotonic() - began < 3.0
     assert not any(thread.is_alive() for thread in well._threads), "told to end before others were waited for"
     never.set()

@@ -228,12 +228,14 @@ def test_server_goes_away(served: Any) -> None:
         store.read("/x")
 
 
-def answering(answer: Callable[[socket.socket, bytes], None]) -> tuple[XenStoreClient, threading.Thread, socket.socket]:
+def answering(
+    answer: Callable[[socket.socket, bytes], None], timeout: float = 5.0
+) -> tuple[XenStoreClient, threading.Thread, socket.socket]:
     """A client of a server that receives one request and does `answer`."""
     ours, theirs = socket.socketpair()
     thread = threading.Thread(target=lambda: answer(theirs, theirs.recv(4096)))
     thread.start()
-    return XenStoreClient(ours, timeout=0.2), thread, theirs
+    return XenStoreClient(ours, timeout=timeout), thread, theirs
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,8 @@ def answering(answer: Callable[[socket.socket, bytes], None]) -> tuple[XenStoreC
     ],
 )
 def test_servers_that_misbehave(answer: bytes, number: int) -> None:
-    store, thread, theirs = answering(lambda sock, _: sock.sendall(answer))
+    patience = 0.2 if number == errno.ETIMEDOUT else 5.0
+    store, thread, theirs = answering(lambda sock, _: sock.sendall(answer), patience)
     with theirs, store:
         with pytest.raises(XenStoreError) as caught:
             store.read("/x")
