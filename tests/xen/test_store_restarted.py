@@ -1,6 +1,6 @@
 """xenstored ends, and another one starts that knows nothing: of no guest, no watch, no device.
 
-The last test of a boot (see conftest), as the kernel of dom0 does not set its watches anew: its own backends hear of
+The last test of a boot (see told.py), as the kernel of dom0 does not set its watches anew: its own backends hear of
 nothing from here on.
 """
 

@@ -44,9 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Leave a test alone whose file another machine has."""
-    return None if _is_ours(item.location[0]) else True
+    if _is_ours(item.location[0]):
+        return None
+    # The directory's own fixtures, which the test before has left for this one, are in the way of another directory's.
+    item.session._setupstate.teardown_exact(nextitem)
+    return True
 
 
 def pytest_runtest_setup() -> None:

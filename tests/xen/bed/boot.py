@@ -116,10 +116,11 @@ def boot(images: Images, machine: Machine, script: str, seconds: float, machines
                 if one.fd in ready:
                     one.pass_on()
     say(f"{time.monotonic() - began:.0f} s in QEMU; logs in {share}")
+    statuses = [one.status() for one in running]
     if alive:
         say(f"not finished after {seconds:.0f} s")
         return 124
-    return max(one.status() for one in running)
+    return max(statuses)
 
 
 def failed() -> list[str]:
