@@ -214,7 +214,7 @@ class Nodes:
 
         self._try(lambda: store.write(self.ident.error_path, b"%d %s" % (errno.EINVAL, short)))
         if hotplug:
-            self._try(lambda: store.transaction(fail, wait=False))
+            self._try(lambda: store.transaction(fail, wait=False, tries=8))
         self._written = True
 
     def _try(self, write: Callable[[], object]) -> None:

@@ -136,7 +136,8 @@ class Blkfront(Life):
             if self.failure:
                 raise OSError(errno.EIO, self.failure)
             self._pending[tag] = pending
-        free[next(self._next_queue) % len(free)].submit(ios)
+        if not free[next(self._next_queue) % len(free)].submit(ios):
+            self.queues[0].submit(ios)  # a connection with fewer queues has come between
         if self.failure:  # it may have come between, and found nothing to fail
             self._fail_all()
         return future

@@ -106,15 +106,15 @@ class Life(Frontend):
                 store.write(f"{self.path}/{key}", value, tx)
             store.write(f"{self.path}/state", int(new), tx)
 
-        store.transaction(write)
-        self._entered(new)
+        self._commit(write, new)
 
     def _retire(self, count: int) -> None:
         """Fewer queues than before: what the others held goes to those that stay."""
-        for queue in self.queues[count:]:
-            self.queues[0].requeue(queue.take_backlog())
-            queue.end()
+        ended = self.queues[count:]
         del self.queues[count:]
+        for queue in ended:
+            queue.end()
+            self.queues[0].requeue(queue.take_backlog())
 
     def _use(self, new: XenbusState) -> None:
         """The backend is connected: learn what the disk is, and begin."""

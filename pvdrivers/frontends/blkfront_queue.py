@@ -82,6 +82,7 @@ class Queue:
         self.active = False
         self.paused = False  # nothing new is started: the backend is closing
         self._ended = False
+        self._waking = threading.Lock()  # of the descriptor that wake() writes to
         self.borrowed = False
         self._pump_thread: threading.Thread | None = None
         self._events: EventChannel | None = None
@@ -252,19 +253,25 @@ class Queue:
         if self._events is not None:
             self._events.close()
         self._epoll.close()
-        os.close(self._wake)
+        with self._waking:
+            wake, self._wake = self._wake, -1
+        os.close(wake)
 
     # Requests: callers
 
-    def submit(self, ios: NDArray[Any]) -> None:
-        """Start IO records, in order. What finds no room, or no backend, waits here and is started later."""
+    def submit(self, ios: NDArray[Any]) -> bool:
+        """Start IO records, in order. What finds no room, or no backend, waits here and is started later. False, and
+        nothing done, when the queue has ended."""
         with self.lock:
+            if self._ended:
+                return False
             if self._backlog or self.paused or not self.active:
                 self._backlog.append(ios)
-                return
+                return True
             started = kernels.start_all(self.at, _address(ios), len(ios), time.monotonic_ns())
             if started < len(ios):
                 self._backlog.append(ios[started:])
+            return True
 
     def requeue(self, ios: NDArray[Any]) -> None:
         """Put IO records, which an earlier ring left unanswered, before all that waits."""
@@ -293,8 +300,9 @@ class Queue:
 
     def wake(self) -> None:
         """Let the thread that waits on this queue have a look."""
-        if not self._ended:
-            os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def _pump(self) -> None:
         while True:

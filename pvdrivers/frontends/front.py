@@ -10,6 +10,7 @@ import errno
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from pvdrivers.closing import Closing
@@ -168,9 +169,7 @@ class Frontend(Closing):
             except PvError as error:
                 self._went_wrong(str(error))
             except ValueError as error:
-                if self._their_state() is XenbusState.Unknown:
-                    self._look.set()  # its directory was removed while we read it
-                else:
+                if self._their_state() is not XenbusState.Unknown:  # removed while it was read: our watch says so
                     self._went_wrong(str(ProtocolViolation(self._backend_id, self._ident, f"backend's {error}")))
             except OSError as error:
                 self._went_wrong(f"{self.noun} {self.name}: {error}")
@@ -312,6 +311,13 @@ class Frontend(Closing):
                 return
             self.platform.store.write(f"{self.path}/state", int(state))
             self._entered(state)
+
+    def _commit(self, write: Callable[[int], None], state: XenbusState) -> None:
+        """The same of a state that is written with other keys, in a transaction."""
+        with self._saying:
+            if not self.failure:
+                self.platform.store.transaction(write)
+                self._entered(state)
 
     def _entered(self, state: XenbusState) -> None:
         with self._change:

@@ -318,8 +318,7 @@ class Netfront(Frontend):
             # Not Initialised: Linux's netback waits for a frontend that says it is connected, as Linux's does.
             store.write(f"{self.path}/state", int(XenbusState.Connected), tx)
 
-        store.transaction(write)
-        self._entered(new)
+        self._commit(write, new)
 
     def _use(self, new: XenbusState) -> None:
         untrusted = not self._trusted or self.platform.store.read(f"{self.path}/trusted") == b"0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = ["BATCH", "Queue"]
 
 BATCH = 64
 """Packets that Python hands over, or takes, in one go."""
+END = 2.0  # seconds for those that wait to notice that there is nothing to wait for
 
 
 def _address(array: NDArray[Any]) -> int:
@@ -170,11 +172,14 @@ class Queue:
 
     def end(self) -> None:
         """The queue is no more; deactivate() and release() came before."""
+        deadline = time.monotonic() + END
         with self._users:
             self._ended = True
-            while self._waiting:
+            while self._waiting and time.monotonic() < deadline:
                 os.eventfd_write(self._wake, 1)  # one of them hears of it
                 self._users.wait(0.01)
+            if self._waiting:
+                return  # one that was interrupted at a bad moment never says that it has gone
         if self._events is not None:
             self._events.close()
         self._epoll.close()

@@ -206,7 +206,7 @@ def test_keys_that_are_written_while_they_are_read(yard: Yard, caplog: pytest.Lo
         end.set()
         writer.join()
         client.close()
-    assert "was written to each of" in said and longest[0] < 2
+    assert "was written to each of" in said and longest[0] < 1
     until(lambda: liar.state() == S.Connected)
     until(lambda: life.error == "")
 

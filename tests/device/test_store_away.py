@@ -104,14 +104,9 @@ def test_the_connection_breaks_again_while_devices_are_looked_for(
     until(lambda: guest.state() == S.Closed)
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "STORE_SECONDS", 1.0)
-
-
-@pytest.mark.usefixtures("short")
-def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
+def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and requests, and answers none: the control thread waits for one of them, and then turns."""
+    monkeypatch.setattr(host_module, "STORE_SECONDS", 2.0)
     daemon = yard.daemon()
     guest = yard.guest(5)
     connect(guest)
@@ -136,12 +131,12 @@ def test_xenstored_hangs(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
         daemon.host.refresh()  # it asks for the parameters
         until(lambda: "xenstore is lost" in caplog.text)
         first = len(turns)
-        time.sleep(4)
+        time.sleep(5)
     finally:
         hangs.set()
         hanging.join()
     gaps = [after - before for before, after in itertools.pairwise(turns)]
-    assert max(gaps[:first]) < 2 and max(gaps[first + 1 :]) < 1.5, "one wait, and then it is tried elsewhere"
+    assert max(gaps[:first]) < 4 and max(gaps[first + 1 :]) < 1.5, "one wait, and then it is tried elsewhere"
     assert daemon.disks["vbd-5-51712"].attached
     until(lambda: daemon.host._store_fd >= 0)
     guest.say(S.Closed)

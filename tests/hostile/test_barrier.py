@@ -182,13 +182,14 @@ def test_discards_of_a_whole_disk_in_memory_hold_up_nobody(arena: Arena) -> None
     with arena.liar("memory:128M") as front:
         ring = front.connect()
         front.put(ring, *[discard(0, (128 << 20) // 512, id=i, flag=i & 1) for i in range(32)])
-        slowest = 0.0
+        slowest, put = 0.0, time.monotonic()
         for _ in range(20):
             began = time.monotonic()
             arena.neighbour.disk.read(0, 4096)
             slowest = max(slowest, time.monotonic() - began)
         assert len(front.answers(ring, 32, timeout=60)) == 32
-        assert slowest < 5.0, f"{slowest:.2f} s for one read"
+        total = time.monotonic() - put
+        assert slowest < max(1.0, total / 4), f"{slowest:.2f} s for one read, {total:.2f} s for all discards"
 
 
 @pytest.mark.slow
