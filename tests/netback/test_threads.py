@@ -11,11 +11,11 @@ import pytest
 from pvdrivers.frontends.netfront import Frame
 
 from .conftest import Guest, until
+from .test_shards import flow
 
 pytestmark = pytest.mark.jit_only("a real daemon serves")
 
 PORTS = 8
-TO_AND_FROM = 10, 0, 0, 1, 10, 0, 0, 2
 
 
 def packets(a: Guest, b: Guest, queue: int) -> list[Frame]:
@@ -23,9 +23,7 @@ def packets(a: Guest, b: Guest, queue: int) -> list[Frame]:
     found = []
     for port in range(PORTS):
         size = 1400 if queue == 0 else 200
-        ip = bytes([0x45, 0]) + (size + 28).to_bytes(2, "big") + bytes([0, 0, 0, 0, 64, 17, 0, 0, *TO_AND_FROM])
-        udp = (1000 + port).to_bytes(2, "big") + bytes(6)
-        found.append(Frame(a.frame(b, ip + udp + bytes([queue + 1]) * size, 0x800)))
+        found.append(Frame(flow(a, b, 1000 + port, bytes([queue + 1]) * size)))
     return found
 
 

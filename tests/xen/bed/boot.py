@@ -14,11 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from .images import Images
 from .steps import BedError, cache, say
@@ -107,7 +105,7 @@ def boot(images: Images, machine: Machine, script: str, seconds: float, machines
     began = time.monotonic()
     with ExitStack() as stack:
         running = [
-            stack.enter_context(Running(images, machine, share, number, machines > 1))
+            stack.enter_context(closing(Running(images, machine, share, number, machines > 1)))
             for number in range(1, machines + 1)
         ]
         while (alive := [one for one in running if one.alive()]) and time.monotonic() - began < seconds:
@@ -180,12 +178,8 @@ class Running:
         say("no status came back; the end of the console:\n" + "\n".join(end))
         return 125
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End it, if it has not ended of itself."""
         self._qemu.kill()
         self._qemu.wait()
         self._log.close()
